@@ -1,0 +1,1 @@
+"""memfit trains the whole model in the memory you have."""
