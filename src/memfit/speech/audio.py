@@ -1,0 +1,70 @@
+"""Recordings as tensors: any file that libsndfile reads becomes mono float32 at the recognizer's sample rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memfit.errors import DataError, require
+
+
+@dataclass(frozen=True, eq=False)
+class Utterance:
+    """Something that was said.
+
+    Attributes:
+        audio: mono waveform, float32 of shape ``(samples,)``, full scale at 1.
+        text: what is said, in the recognizer's alphabet.
+        name: what to call it in messages and reports: its file, or the files it was joined from.
+    """
+
+    audio: Tensor
+    text: str
+    name: str
+
+
+def load_audio(path: str | Path, sample_rate: int) -> Tensor:
+    """Read a recording.
+
+    Several channels are averaged; another sample rate is converted with soxr; 8 to 32 bit and float samples all work.
+
+    Args:
+        path: a WAV, FLAC, OGG or MP3 file, or any other that libsndfile reads.
+        sample_rate: samples per second of the result.
+
+    Returns:
+        float32 of shape ``(samples,)``, at least one sample, all finite.
+
+    Raises:
+        DataError: the file is missing, unreadable or empty, or has samples that are not finite.
+        MissingExtraError: ``soundfile``, or ``soxr`` where another rate needs it, is not installed.
+    """
+    path = Path(path)
+    soundfile = require("soundfile", extra="speech")
+    if not path.is_file():
+        raise DataError(
+            f"{path}: " + ("this is a folder, not a recording." if path.is_dir() else "there is no such recording.")
+        )
+    try:
+        with path.open("rb") as file:
+            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except OSError as error:
+        raise DataError(f"{path}: the recording cannot be read: {error.strerror or error}.") from error
+    except soundfile.LibsndfileError as error:
+        raise DataError(
+            f"{path}: not a recording that can be read ({error.error_string.strip().rstrip('.')})."
+        ) from error
+    if len(samples) == 0:
+        raise DataError(f"{path}: the recording is empty; record it again or remove it.")
+    audio = torch.from_numpy(samples).mean(dim=1)
+    if not bool(audio.isfinite().all()):
+        raise DataError(f"{path}: the recording has samples that are not finite (NaN or infinity); export it again.")
+    if rate != sample_rate:
+        soxr = require("soxr", extra="speech")
+        audio = torch.from_numpy(soxr.resample(audio.numpy(), rate, sample_rate))
+        if len(audio) == 0:
+            raise DataError(f"{path}: the recording is too short to be heard; record it again or remove it.")
+    return audio
