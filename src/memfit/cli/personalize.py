@@ -1,0 +1,105 @@
+"""``memfit personalize``: adapt a recognizer to one voice."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import typer
+from rich.console import Console
+
+from memfit.cli.console import say
+from memfit.ledger import LINES, Peak
+from memfit.ledger.report import format_bytes, table, text
+from memfit.speech.page import change, percent
+from memfit.speech.personalize import InterruptedRun, Method, PersonalizeConfig
+from memfit.speech.personalize import personalize as run
+from memfit.speech.report import PersonalizeReport
+from memfit.speech.results import CHECKPOINT, MODEL, PAGE
+
+
+def personalize(
+    recordings: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of recordings: audio files with a metadata.csv (file_name,transcription), "
+            "or the Free Spoken Digit Dataset.",
+            metavar="DIR",
+        ),
+    ],
+    speaker: Annotated[
+        str | None, typer.Option(help="Whose recordings, where the folder has several speakers.", metavar="NAME")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Recognizer to start from; memfit's own when left out.", metavar="FILE")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How to train; all but low-rank are dense.", metavar="low-rank|sgd|momentum|adam")
+    ] = "low-rank",
+    rank: Annotated[int, typer.Option(help="Rank of the low-rank gradients.")] = 16,
+    sides: Annotated[
+        str, typer.Option(help="Factors that train; left saves activations too.", metavar="both|left")
+    ] = "both",
+    lr: Annotated[float | None, typer.Option(help="Learning rate; the method's own when left out.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 60,
+    batch_size: Annotated[int, typer.Option(help="Utterances per step.")] = 5,
+    utterances: Annotated[
+        int | None,
+        typer.Option(help="Training utterances; when left out 20 of spoken digits, or all of a metadata.csv."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the model and the report; must not hold an earlier run.", metavar="DIR")
+    ] = Path("personalized"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if it was stopped.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+) -> None:
+    """Adapt a speech recognizer to one voice, from a few of its recordings."""
+    config = PersonalizeConfig(
+        recordings=recordings,
+        speaker=speaker,
+        base=base,
+        # The configuration itself refuses other words, with a sentence.
+        method=cast(Method, method),
+        rank=rank,
+        sides=cast(Literal["both", "left"], sides),
+        lr=lr,
+        steps=steps,
+        batch_size=batch_size,
+        utterances=utterances,
+        seed=seed,
+    )
+    try:
+        report = run(config, out, resume=resume, notify=say, progress=True)
+    except (InterruptedRun, KeyboardInterrupt) as stopped:
+        say(str(stopped) or "interrupted")
+        if (out / CHECKPOINT).exists():
+            command = [word for word in sys.argv[1:] if word != "--resume"]
+            say(f"to go on: {shlex.join(['memfit', *command, '--resume'])}")
+        number = stopped.signal if isinstance(stopped, InterruptedRun) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
+    if as_json:
+        print(report.to_json(), end="")
+    else:
+        show(report)
+        print(f"\nthe report: {out / PAGE}")
+        print(f"to use it:  memfit transcribe --model {shlex.quote(str(out / MODEL))} AUDIO...")
+
+
+def show(report: PersonalizeReport) -> None:
+    """Print the outcome: the word error rates, and the five lines of memory."""
+    before, after = percent(report.wer_before), percent(report.wer_after)
+    print(
+        f"\nword error rate: {before} before, {after} after {report.steps} steps "
+        f"({change(report.wer_before, report.wer_after)}, {len(report.heard)} held-out utterances)"
+    )
+    print(f"time of a step:  {report.seconds_per_step:.2f} s\n\nmemory at the peak of training:\n")
+    peak = Peak(**{line: report.peak_bytes[line] for line in LINES})
+    if sys.stdout.isatty():
+        Console().print(table(peak))
+    else:
+        print(text(peak))
+    print(f"\nthe process grew by {format_bytes(report.process_peak_bytes)} while it trained")

@@ -1,0 +1,290 @@
+"""The main job: adapt a recognizer to one voice, from a few of its recordings, in little memory.
+
+One straight line: base and recordings in; word error rate before; train; word error rate after; model and report out.
+The run is exact: the same settings give the same weights, also when it was killed on the way and resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from memfit.convert import convert_, state_dict
+from memfit.errors import MemfitError
+from memfit.fit import StepRecord, fit
+from memfit.gradients.low_rank import LowRankGradient
+from memfit.speech import model as recognizer_file
+from memfit.speech import results
+from memfit.speech.batches import Batches, ctc_loss
+from memfit.speech.data import Recordings, load_recordings
+from memfit.speech.metrics import transcribe, word_error_rate
+from memfit.speech.model import Recognizer
+from memfit.speech.page import percent, render
+from memfit.speech.report import JSON, Heard, PersonalizeReport, versions
+from memfit.speech.watch import Watch
+
+Method = Literal["low-rank", "sgd", "momentum", "adam"]
+
+# The learning rate of each method when none is given.
+LEARNING_RATES: dict[Method, float] = {"low-rank": 3e-3, "sgd": 3e-2, "momentum": 1e-2, "adam": 1e-3}
+
+_WARMUP_SHARE = 0.1
+_MAX_GRAD_NORM = 5.0
+_CHECKPOINT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class PersonalizeConfig:
+    """What to learn from, and how.
+
+    Attributes:
+        recordings: a folder of recordings, as :func:`memfit.speech.data.load_recordings` reads it.
+        speaker: whose recordings, where the folder has several speakers.
+        base: the recognizer to start from, or None for the one that is shipped with memfit.
+        method: ``"low-rank"`` trains with low-rank gradients and Adam; ``"sgd"``, ``"momentum"`` (0.9) and ``"adam"``
+            train the plain, dense model. Biases train densely in every method.
+        rank: of the low-rank gradients; the dense methods have no use for it.
+        sides: ``"both"`` or ``"left"``, of the low-rank gradients.
+        lr: the highest learning rate of the schedule (a linear warm-up, then a cosine to zero, the same for all
+            methods), or None for the method's own in :data:`LEARNING_RATES`.
+        steps: training steps.
+        batch_size: utterances per step.
+        utterances: how many utterances to train on; None for 20 built from spoken digits, and all rows of a table.
+        seed: decides which utterances are used, their order, and the low-rank bases.
+
+    Raises:
+        MemfitError: a value that is out of range.
+    """
+
+    recordings: Path
+    speaker: str | None = None
+    base: Path | None = None
+    method: Method = "low-rank"
+    rank: int = 16
+    sides: Literal["both", "left"] = "both"
+    lr: float | None = None
+    steps: int = 60
+    batch_size: int = 5
+    utterances: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise MemfitError(f"the method is one of {', '.join(get_args(Method))}, not {self.method!r}.")
+        if self.sides not in ("both", "left"):
+            raise MemfitError(f"the sides are both or left, not {self.sides!r}.")
+        for name, value in (("rank", self.rank), ("number of steps", self.steps), ("batch size", self.batch_size)):
+            if value < 1:
+                raise MemfitError(f"the {name} must be 1 or more, not {value}.")
+        if self.utterances is not None and self.utterances < 1:
+            raise MemfitError(f"the number of training utterances must be 1 or more, not {self.utterances}.")
+        if not 0 <= self.seed < 2**63:
+            raise MemfitError(f"the seed must be from 0 to 2^63 - 1, not {self.seed}.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise MemfitError(f"the learning rate must be a positive number, not {self.lr}.")
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate that is used: the given one, or the method's own."""
+        return LEARNING_RATES[self.method] if self.lr is None else self.lr
+
+
+class InterruptedRun(Exception):
+    """Training was stopped by a signal; unless it came before the first step, the checkpoint is written.
+
+    Attributes:
+        signal: the number of the signal: SIGINT (Ctrl-C) or SIGTERM.
+        step: steps done.
+    """
+
+    def __init__(self, signal: int, step: int, steps: int, checkpoint: Path) -> None:
+        saved = f"after step {step} of {steps}; the checkpoint is written: {checkpoint}"
+        super().__init__("interrupted " + (saved if step else "before the first step"))
+        self.signal, self.step = signal, step
+
+
+def personalize(
+    config: PersonalizeConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    notify: Callable[[str], None] | None = None,
+    progress: bool = False,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> PersonalizeReport:
+    """Adapt a recognizer to the recordings and write it, with a report, into a folder.
+
+    Args:
+        config: what to learn from, and how.
+        out: folder for ``model.safetensors`` (a plain recognizer with the base's keys), ``report.json``,
+            ``report.html`` and ``checkpoint.safetensors``; made when it is missing.
+        resume: go on from the checkpoint in ``out`` when it has one, with the same settings. Of a finished run the
+            report is returned as it is.
+        notify: is told, in a sentence each, what happens next.
+        progress: show the training's progress on stderr.
+        on_step: is given the record of each training step.
+
+    Returns:
+        what ``report.json`` says.
+
+    Raises:
+        DataError: recordings, transcripts or the base cannot be used.
+        ConversionError: the rank does not suit the base.
+        CheckpointError: the checkpoint is damaged, foreign, or made with other settings.
+        TrainingError: the loss is no longer finite.
+        MemfitError: ``out`` holds another run's results, or cannot be written.
+        InterruptedRun: Ctrl-C or SIGTERM came while training; the checkpoint is written.
+    """
+    out = Path(out)
+    say = notify or (lambda sentence: None)
+    if not resume:
+        results.refuse_earlier_results(out)
+
+    model = recognizer_file.load_base() if config.base is None else recognizer_file.load(config.base)
+    recordings = load_recordings(
+        config.recordings,
+        sample_rate=model.config.sample_rate,
+        alphabet=model.config.alphabet,
+        speaker=config.speaker,
+        utterances=config.utterances,
+        seed=config.seed,
+    )
+    settings = _settings(config, model, recordings)
+    if resume and (finished := results.finished_report(out, settings)):
+        say(f"{out} holds this run's results already")
+        return finished
+
+    say(recordings.description)
+    references = [utterance.text for utterance in recordings.test]
+    before = transcribe(model, recordings.test)
+    wer_before = word_error_rate(references, before)
+    batches = Batches(recordings.train, model.config, config.batch_size)
+    if config.method == "low-rank":
+        convert_(model, LowRankGradient(rank=config.rank, sides=config.sides, seed=config.seed))
+    results.prepare(out)
+    say(f"word error rate before: {percent(wer_before)}")
+
+    def measure() -> float:
+        return word_error_rate(references, transcribe(model, recordings.test))
+
+    watch = Watch(out / results.WATCH, config.steps, measure, settings, resume)
+
+    def after_step(record: StepRecord) -> None:
+        watch.after(record.step)
+        if on_step:
+            on_step(record)
+
+    optimizer = _optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    scheduler = LambdaLR(optimizer, partial(_warmup_then_cosine, steps=config.steps))
+    # The seed is this run's own: the random numbers of whoever calls go on as if nothing had happened.
+    with torch.random.fork_rng(devices=[]), watch:
+        torch.manual_seed(config.seed)
+        result = fit(
+            model,
+            ctc_loss,
+            batches,
+            optimizer,
+            steps=config.steps,
+            scheduler=scheduler,
+            max_grad_norm=_MAX_GRAD_NORM,
+            checkpoint=out / results.CHECKPOINT,
+            every=_CHECKPOINT_EVERY,
+            resume=resume,
+            settings=settings,
+            progress=progress,
+            on_step=after_step,
+        )
+    if result.signal is not None:
+        raise InterruptedRun(result.signal, len(result.records), config.steps, out / results.CHECKPOINT)
+
+    after = transcribe(model, recordings.test)
+    wer_after = word_error_rate(references, after)
+    say(f"word error rate after: {percent(wer_after)}")
+    assert result.peak is not None, "fit was asked to measure"
+    report = PersonalizeReport(
+        method=config.method,
+        config={**_origin(config), **settings},
+        seed=config.seed,
+        steps=config.steps,
+        recordings=recordings.description,
+        wer_before=wer_before,
+        wer_after=wer_after,
+        wer_curve=((0, wer_before), *watch.curve(), (config.steps, wer_after)),
+        losses=tuple(record.loss for record in result.records),
+        # The ledger slows down the steps that it watches: of a very short run there may be no others.
+        seconds_per_step=result.seconds_per_step or result.records[-1].seconds,
+        peak_bytes=result.peak.to_dict(),
+        process_peak_bytes=watch.process_bytes,
+        heard=tuple(
+            Heard(utterance.name, utterance.text, first, second)
+            for utterance, first, second in zip(recordings.test, before, after, strict=True)
+        ),
+        versions=versions(),
+    )
+    recognizer_file.save(state_dict(model), model.config, out / results.MODEL)
+    results.write_text(out / results.PAGE, render(report))
+    # The last file to come is the sign of a finished run.
+    results.write_text(out / results.REPORT, report.to_json())
+    (out / results.WATCH).unlink(missing_ok=True)
+    return report
+
+
+def _optimizer(config: PersonalizeConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    # Fused on every side: the fastest that torch has, and without temporaries as large as the weights.
+    if config.method in ("sgd", "momentum"):
+        momentum = 0.9 if config.method == "momentum" else 0.0
+        return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=momentum, fused=True)
+    return torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
+
+
+def _warmup_then_cosine(done: int, *, steps: int) -> float:
+    """The share of the learning rate for the step after ``done`` steps: a short rise, then a cosine to nearly 0."""
+    warmup = max(1, round(_WARMUP_SHARE * steps))
+    if done < warmup:
+        return (done + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, steps - warmup)))
+
+
+def _settings(config: PersonalizeConfig, model: Recognizer, recordings: Recordings) -> dict[str, JSON]:
+    """All that the trained weights depend on. Paths may move; what they led to is told by its hash."""
+    low_rank: dict[str, JSON] = {"rank": config.rank, "sides": config.sides} if config.method == "low-rank" else {}
+    return {
+        "method": config.method,
+        **low_rank,
+        "lr": config.learning_rate,
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "utterances": len(recordings.train),
+        "seed": config.seed,
+        "base_sha256": _hash(tensor for _, tensor in sorted(model.state_dict().items())),
+        "recordings_sha256": _hash(
+            part for utterance in (*recordings.train, *recordings.test) for part in (utterance.text, utterance.audio)
+        ),
+    }
+
+
+def _origin(config: PersonalizeConfig) -> dict[str, JSON]:
+    """Where everything came from; a resumed run may find it elsewhere."""
+    return {
+        "recordings": str(config.recordings),
+        "speaker": config.speaker,
+        "base": None if config.base is None else str(config.base),
+    }
+
+
+def _hash(parts: Iterable[Tensor | str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy().tobytes()
+        # The length goes in too: "ab", "c" must differ from "a", "bc".
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
