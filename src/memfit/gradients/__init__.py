@@ -1,0 +1,1 @@
+"""The gradients line of the ledger: techniques that keep weight gradients small."""

@@ -1,0 +1,66 @@
+"""The technique of low-rank gradients: its settings, and the layers that it converts.
+
+Source: Gooneratne, Sim, Zadrazil, Kabel, Beaufays, Motta, "Low-rank Gradient Approximation for Memory-Efficient
+On-device Training of Deep Neural Network", ICASSP 2020, arXiv 2001.08885.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from memfit.convert import ConvertedLayer, Technique
+from memfit.errors import ConversionError
+from memfit.gradients.low_rank_layer import LowRankLinear
+from memfit.gradients.low_rank_lstm import LowRankLSTM
+
+
+@dataclass(frozen=True)
+class LowRankGradient(Technique):
+    """Train weight matrices through rank-r factors: gradients and optimizer state shrink from m n to r (m + n) numbers.
+
+    The weight itself keeps its full rank: the factors are a vehicle for the update, and ``memfit.restore_`` or
+    ``memfit.state_dict`` give the plain weight with the update in it. Vectors (biases, norms) train densely.
+
+    Args:
+        rank: r, from 1 to the smaller side of every matrix converted.
+        sides: ``"both"`` trains U and V. ``"left"`` trains U alone and keeps V fixed: the layer then saves N x r
+            numbers for its weight gradient in place of its N x n input.
+        basis: how V is chosen; ``"random"``: Gaussian.
+        refresh: every so many optimizer steps merge U V into the weight and draw a new V, so that the sum of the
+            updates is not bound to one basis; the optimizer's moments of the factors are reset. None: never.
+        seed: of the bases, together with the layer's name.
+
+    Raises:
+        ConversionError: a value that is out of range.
+
+    Source: arXiv 2001.08885.
+
+    Example:
+        >>> memfit.convert_(model, memfit.LowRankGradient(rank=16), where="encoder.*")
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    """
+
+    rank: int
+    sides: Literal["both", "left"] = "both"
+    basis: Literal["random"] = "random"
+    refresh: int | None = None
+    seed: int = 0
+
+    layers: ClassVar[Mapping[type[nn.Module], type[ConvertedLayer]]] = {
+        nn.Linear: LowRankLinear,
+        nn.LSTM: LowRankLSTM,
+    }
+
+    def __post_init__(self) -> None:
+        for field, value, least in (("rank", self.rank, 1), ("refresh", self.refresh, 1), ("seed", self.seed, 0)):
+            optional = field == "refresh" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConversionError(f"{field}={value!r} is not possible: give a whole number of at least {least}.")
+        if self.sides not in ("both", "left"):
+            raise ConversionError(f'sides={self.sides!r} is not known: choose "both" or "left".')
+        if self.basis != "random":
+            raise ConversionError(f'basis={self.basis!r} is not known: choose "random".')

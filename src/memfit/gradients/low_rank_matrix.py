@@ -1,0 +1,161 @@
+"""Low-rank gradient approximation (LRGA): train a weight through two small factors, never forming its gradient.
+
+A weight W (m x n) is held fixed and moved by a product, W_eff = W + U V with U (m x r), V (r x n). For a batch with
+inputs a_i and output gradients d_i, whose dense gradient would be G = sum_i d_i a_i^T, the chain rule gives
+
+    dU = G V^T = sum_i d_i (V a_i)^T          dV = U^T G = sum_i (U^T d_i) a_i^T
+
+so that gradients and optimizer state are r (m + n) numbers in place of m n. U starts at zero (the layer computes what
+it computed before) and V at random with E[V^T V] = I.
+
+Source: Gooneratne, Sim, Zadrazil, Kabel, Beaufays, Motta, "Low-rank Gradient Approximation for Memory-Efficient
+On-device Training of Deep Neural Network", ICASSP 2020, arXiv 2001.08885.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+if TYPE_CHECKING:
+    from memfit.gradients.low_rank import LowRankGradient
+
+
+def random_basis(rank: int, columns: int, generator: torch.Generator) -> Tensor:
+    """A Gaussian V (rank x columns), float32 on the CPU, of variance 1/rank, so that E[V^T V] = I."""
+    return torch.randn(rank, columns, generator=generator) / rank**0.5
+
+
+def low_rank_linear(x: Tensor, base: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``x (base + left right)^T + bias`` without forming the m x n product, nor a gradient of that size.
+
+    Args:
+        x: (..., n).
+        base: (m, n), no gradient.
+        bias: (m,) or None.
+        left: (m, r).
+        right: (r, n). When it has no gradient, autograd keeps ``x right^T`` (N x r) in place of x (N x n).
+
+    Returns:
+        (..., m), of the dtype of ``F.linear(x, base)``.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, base, bias)
+    projected = F.linear(rows, right.to(base.dtype))
+    # In place: neither product needs its own output in backward, and a second N x m tensor would be the peak.
+    y = y.addmm_(projected.to(y.dtype), left.to(y.dtype).t())
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class LowRankMatrix(nn.Module):
+    """One frozen weight and the factors that train it.
+
+    Attributes:
+        base: (m, n) the weight's own Parameter, frozen while it is here.
+        left: (m, r) Parameter U, zero at the start and after a refresh.
+        right: (r, n) V; a Parameter with ``sides="both"``, a buffer with ``sides="left"``.
+            Factors are float32 where the weight is of half precision, else of its dtype.
+    """
+
+    base: nn.Parameter
+    left: nn.Parameter
+    right: Tensor
+
+    def __init__(self, base: nn.Parameter, technique: LowRankGradient, name: str) -> None:
+        super().__init__()
+        rows, columns = base.shape
+        self.refresh = technique.refresh
+        self.seed = zlib.crc32(f"{technique.seed}/{name}".encode())
+        self.steps = 0
+        base.requires_grad_(False)
+        self.base = base
+        dtype = torch.float32 if base.dtype.itemsize < 4 else base.dtype
+        self.left = nn.Parameter(torch.zeros(rows, technique.rank, dtype=dtype, device=base.device))
+        right = torch.empty(technique.rank, columns, dtype=dtype, device=base.device)
+        if technique.sides == "both":
+            self.right = nn.Parameter(right)
+        else:
+            self.register_buffer("right", right)
+        self._draw()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Fill V from the seed and the number of steps taken, the same on every device and after every resume."""
+        generator = torch.Generator().manual_seed(self.seed + self.steps)
+        if not self.right.is_meta:
+            self.right.copy_(random_basis(self.right.shape[0], self.right.shape[1], generator))
+
+    def effective(self) -> Tensor:
+        """The weight in force, (m, n), of the base's dtype; differentiable in the factors."""
+        product = torch.addmm(self.base.to(self.left.dtype), self.left, self.right)
+        return product.to(self.base.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``F.linear`` with the effective weight."""
+        self.watch()
+        return low_rank_linear(x, self.base, bias, self.left, self.right)
+
+    def watch(self) -> None:
+        """Called whenever the factors are used: from then on the optimizer's steps are counted for the refresh."""
+        if self.refresh is not None and self.training:
+            _refreshing.add(self)
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """Move U V into the base weight and set U to zero; the effective weight stays."""
+        self.base.copy_(self.effective())
+        self.left.zero_()
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Count a step of the optimizer that holds the factors; when it is time, merge, draw a new V, start anew.
+
+        The moments of the old factors describe another basis: they are reset, as if the factors were new parameters.
+        """
+        self.steps += 1
+        if self.refresh is not None and self.steps % self.refresh == 0:
+            self.merge_()
+            self._draw()
+            for factor in self.parameters():
+                _reset_state(optimizer, factor)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.steps = int(state)
+
+    def extra_repr(self) -> str:
+        return f"{self.base.shape[0]}, {self.base.shape[1]}, rank={self.left.shape[1]}"
+
+
+_refreshing: weakref.WeakSet[LowRankMatrix] = weakref.WeakSet()
+
+
+def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """torch calls this after every step of every optimizer: so a refresh needs no call in the user's loop."""
+    if not _refreshing:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for matrix in list(_refreshing):
+        if id(matrix.left) in held:
+            matrix.after_step(optimizer)
+
+
+register_optimizer_step_post_hook(_after_any_step)
+
+
+def _reset_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Bring a parameter's optimizer state to what it was before the first step."""
+    if isinstance(optimizer, torch.optim.Adagrad):  # the one optimizer of torch that makes its state at once
+        state = optimizer.state[parameter]
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        state["sum"].fill_(group["initial_accumulator_value"])
+        state["step"].zero_()
+    else:
+        optimizer.state.pop(parameter, None)
