@@ -1,0 +1,1 @@
+"""What a training run consists of besides its loop: its records, its state, its place in the data, its guards."""
