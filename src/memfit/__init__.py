@@ -10,6 +10,7 @@ from memfit.errors import (
     TrainingError,
 )
 from memfit.gradients.low_rank import LowRankGradient
+from memfit.schedule.allocator import release_freed_memory
 
 __all__ = [
     "CheckpointError",
@@ -20,6 +21,7 @@ __all__ = [
     "MissingExtraError",
     "TrainingError",
     "convert_",
+    "release_freed_memory",
     "restore_",
     "state_dict",
 ]

@@ -33,6 +33,8 @@ class LowRankGradient(Technique):
         refresh: every so many optimizer steps merge U V into the weight and draw a new V, so that the sum of the
             updates is not bound to one basis; the optimizer's moments of the factors are reset. None: never.
         seed: of the bases, together with the layer's name.
+        rematerialize: of an LSTM, keep the outputs in place of the gates, a quarter of the size, and compute the gates
+            anew in backward, with one more product per matrix.
 
     Raises:
         ConversionError: a value that is out of range.
@@ -49,6 +51,7 @@ class LowRankGradient(Technique):
     basis: Literal["random"] = "random"
     refresh: int | None = None
     seed: int = 0
+    rematerialize: bool = False
 
     layers: ClassVar[Mapping[type[nn.Module], type[ConvertedLayer]]] = {
         nn.Linear: LowRankLinear,

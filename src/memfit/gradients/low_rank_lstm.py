@@ -5,6 +5,8 @@ The input's share of the gates is one product over all steps; the rest is the re
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 from memfit.convert import Technique
 from memfit.gradients.low_rank_layer import LowRankLayer
 from memfit.gradients.low_rank_matrix import LowRankMatrix
-from memfit.gradients.lstm_recurrence import Recurrence
+from memfit.gradients.lstm_recurrence import InputProduct, Recurrence
+
+if TYPE_CHECKING:
+    from memfit.gradients.low_rank import LowRankGradient
 
 State = tuple[Tensor, Tensor]
 
@@ -104,10 +109,16 @@ class LowRankLSTM(LowRankLayer, nn.LSTM):
         if self.bias:
             bias = getattr(self, "bias_ih" + suffix) + getattr(self, "bias_hh" + suffix)
         gates = self.matrix("weight_ih" + suffix).linear(rows, bias)
+        remake = None
+        if cast("LowRankGradient", self.technique).rematerialize and torch.is_grad_enabled():
+            base, left, right = _factors(self.matrix("weight_ih" + suffix))
+            remake = InputProduct(rows.detach(), base, None if bias is None else bias.detach(), left, right)
         projection = _factors(self.matrix("weight_hr" + suffix)) if self.proj_size else (None, None, None)
         recurrent = _factors(self.matrix("weight_hh" + suffix))
         reverse = suffix.endswith("_reverse")
-        return Recurrence.apply(gates, state[0][index], state[1][index], *recurrent, *projection, batch_sizes, reverse)
+        return Recurrence.apply(
+            gates, state[0][index], state[1][index], *recurrent, *projection, batch_sizes, reverse, remake
+        )
 
     def _state(self, hx: State | None, batch: int, like: Tensor) -> State:
         """The initial state in the weights' dtype; zeros where none was given."""

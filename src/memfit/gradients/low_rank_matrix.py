@@ -121,8 +121,9 @@ class LowRankMatrix(nn.Module):
         if self.refresh is not None and self.steps % self.refresh == 0:
             self.merge_()
             self._draw()
-            for factor in self.parameters():
-                _reset_state(optimizer, factor)
+            for factor in (self.left, self.right):
+                if isinstance(factor, nn.Parameter):
+                    _reset_state(optimizer, factor)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)

@@ -8,7 +8,8 @@ gradients of the gates of all steps in one matrix D (N x 4H), so that the factor
 all steps, dU = D^T (H V^T) and dV = (D U)^T H, with H the previous outputs (N x P): the dense gradient is never formed.
 
 Memory: forward keeps the gates alone, in the buffer that held g; cells and outputs are recomputed from them, and D
-takes the gates' place unless the graph is retained.
+takes the gates' place unless the graph is retained. Rematerialized, forward keeps inputs and outputs in place of the
+gates: since h is known by then, backward gets the gates of all steps back with two products.
 
 Rows are in the order of a packed sequence: step t has ``batch_sizes[t]`` rows, one for each of the longest sequences.
 A full batch is the same with equal batch sizes.
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from memfit.gradients.low_rank_matrix import low_rank_linear
 
 # A weight of this many elements no longer fits the inner caches. oneDNN's blocked layout then streams it 3 to 5 times
 # faster through many products of a few rows each than the BLAS does, which repacks it every time.
@@ -125,12 +128,22 @@ def cells(gates: Tensor, c0: Tensor, batch_sizes: Sequence[int], reverse: bool) 
     return c
 
 
+class InputProduct(NamedTuple):
+    """The arguments of :func:`low_rank_linear` that gave the input's share of the gates, detached."""
+
+    rows: Tensor
+    base: Tensor
+    bias: Tensor | None
+    left: Tensor
+    right: Tensor
+
+
 class Recurrence(torch.autograd.Function):
-    """``(outputs, h_n, c_n) = Recurrence.apply(gates, h0, c0, W, U, V, W_r, U_r, V_r, batch_sizes, reverse)``.
+    """``outputs, h_n, c_n = Recurrence.apply(gates, h0, c0, W, U, V, W_r, U_r, V_r, batch_sizes, reverse, remake)``.
 
     Shapes: gates (N, 4H), the input's share, overwritten; h0 (B, P); c0 (B, H); W (4H, P), U (4H, r), V (r, P);
     W_r (P, H), U_r (P, r), V_r (r, H) or all None, and then P = H. Returns (N, P), (B, P), (B, H).
-    W and W_r get no gradient; all others do, once.
+    W and W_r get no gradient; all others do, once. ``remake`` is None, or what to rematerialize the gates from.
     """
 
     @staticmethod
@@ -147,6 +160,7 @@ class Recurrence(torch.autograd.Function):
         right_r: Tensor | None,
         batch_sizes: Sequence[int],
         reverse: bool,
+        remake: InputProduct | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, hidden = c0.shape
         recur = RowProduct(torch.addmm(base, left, right), batch)
@@ -156,30 +170,31 @@ class Recurrence(torch.autograd.Function):
         outputs = gates.new_empty(gates.shape[0], h0.shape[1])
         h, c = h0.clone(), c0.clone()
         views = (outputs, gates, gates[:, : 2 * hidden], *gates.chunk(4, dim=1))
-        for output, gate, i_and_f, i, f, g, o in zip(
-            *(run_order(view, batch_sizes, reverse) for view in views), strict=True
-        ):
+        by_step = [run_order(view, batch_sizes, reverse) for view in views]
+        for output, gate, i_and_f, i, f, g, o in zip(*by_step, strict=True):
             rows = gate.shape[0]
             recur.add_to(gate, h[:rows])
-            i_and_f.sigmoid_()
-            g.tanh_()
-            o.sigmoid_()
+            _activate_(i_and_f, g, o)
             cell = c[:rows]
             cell.mul_(f).addcmul_(i, g)
             inner = torch.tanh(cell).mul_(o)
             output.copy_(inner if project is None else project(inner))
             h[:rows] = output
-        ctx.save_for_backward(gates, h0, c0, base, left, right, base_r, left_r, right_r)
+        kept = (gates,) if remake is None else (outputs, *remake)
+        ctx.save_for_backward(h0, c0, base, left, right, base_r, left_r, right_r, *kept)
         ctx.batch_sizes, ctx.reverse = batch_sizes, reverse
         return outputs, h, c
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_outputs: Tensor, d_hn: Tensor, d_cn: Tensor) -> tuple[Tensor | None, ...]:
-        gates, h0, c0, base, left, right, base_r, left_r, right_r = ctx.saved_tensors
+        h0, c0, base, left, right, base_r, left_r, right_r, *kept = ctx.saved_tensors
         direction = (ctx.batch_sizes, ctx.reverse)
         right_trains, right_r_trains = ctx.needs_input_grad[5], ctx.needs_input_grad[8]
-        d = gates.clone() if _graph_is_kept() else gates
+        if len(kept) == 1:
+            d = kept[0].clone() if _graph_is_kept() else kept[0]
+        else:
+            d = _rematerialize(kept[0], InputProduct(*kept[1:]), h0, torch.addmm(base, left, right), direction)
         d_projected = project = weight_r = None
         if base_r is not None:
             weight_r = torch.addmm(base_r, left_r, right_r)
@@ -201,7 +216,24 @@ class Recurrence(torch.autograd.Function):
         h_before = previous(outputs, h0, *direction)
         d_left = d.t() @ (h_before @ right.t())
         d_right = (d @ left).t() @ h_before if right_trains else None
-        return d, d_h, d_c, None, d_left, d_right, None, d_left_r, d_right_r, None, None
+        return d, d_h, d_c, None, d_left, d_right, None, d_left_r, d_right_r, None, None, None
+
+
+def _activate_(i_and_f: Tensor, g: Tensor, o: Tensor) -> None:
+    i_and_f.sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
+
+
+def _rematerialize(
+    outputs: Tensor, remake: InputProduct, h0: Tensor, weight: Tensor, direction: tuple[Sequence[int], bool]
+) -> Tensor:
+    """The activated gates (N x 4H) of all steps, from what the steps put out."""
+    gates = low_rank_linear(*remake)
+    gates.addmm_(previous(outputs, h0, *direction), weight.t())
+    hidden = gates.shape[1] // 4
+    _activate_(gates[:, : 2 * hidden], gates[:, 2 * hidden : 3 * hidden], gates[:, 3 * hidden :])
+    return gates
 
 
 def _backward_block(

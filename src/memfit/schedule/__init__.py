@@ -1,0 +1,1 @@
+"""The workspace line of the ledger: temporaries, and the holes that freed ones leave."""
