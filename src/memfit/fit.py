@@ -29,6 +29,7 @@ from memfit.run.interrupts import Interrupts
 from memfit.run.position import Position, batch_bytes
 from memfit.run.progress import Progress
 from memfit.run.records import FitResult, StepRecord
+from memfit.schedule.allocator import release_freed_memory
 
 if TYPE_CHECKING:
     from memfit.ledger import Peak
@@ -58,6 +59,7 @@ def fit(
 ) -> FitResult:
     """Train a model for ``steps`` steps, with exact resume from a checkpoint.
 
+    Memory that steps free goes back to the operating system at once (:func:`memfit.release_freed_memory`).
     A run that was killed at any instant and is resumed with the same arguments ends with bit-identical weights,
     optimizer state and losses. ``docs/checkpoints.md`` says what is stored, and what exactness asks of the data.
 
@@ -123,6 +125,7 @@ def fit(
         path=None if checkpoint is None else Path(checkpoint),
         settings=None if settings is None else json.loads(json.dumps(dict(settings))),
     )
+    release_freed_memory()
     modes = {module: module.training for module in model.modules()}
     if not model.training:
         model.train()

@@ -1,0 +1,36 @@
+# `make demo` and `make test` set everything up by themselves on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/memfit demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Every figure of the README and the docs; results go to benchmarks/results. Hours on two cores: give the machine to it.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/lstm_recognizer.py
+	$(BIN)/python benchmarks/personalization.py --recordings $${MEMFIT_DATA:-../shared/data}/fsdd
+	$(BIN)/python benchmarks/ledger_vs_process.py
+	$(BIN)/python benchmarks/kill_and_resume.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[speech,demo,plot,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
