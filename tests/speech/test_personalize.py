@@ -336,14 +336,14 @@ def test_too_few_recordings_and_unknown_characters_are_refused_by_file(config, t
 
 
 def test_the_learning_rate_rises_and_falls():
-    shares = [module._warmup_then_cosine(done, steps=60) for done in range(60)]
+    shares = [module.warmup_then_cosine(done, steps=60) for done in range(60)]
     peak = shares.index(max(shares))
     assert shares[peak] == 1
     assert peak == 5
     assert shares[: peak + 1] == sorted(shares[: peak + 1])
     assert shares[peak:] == sorted(shares[peak:], reverse=True)
     assert 0 < shares[-1] < 0.01
-    assert module._warmup_then_cosine(0, steps=1) == 1
+    assert module.warmup_then_cosine(0, steps=1) == 1
 
 
 def test_a_real_voice_is_recognized_better_after_a_few_steps(tmp_path):

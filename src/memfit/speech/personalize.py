@@ -38,7 +38,7 @@ Method = Literal["low-rank", "sgd", "momentum", "adam"]
 LEARNING_RATES: dict[Method, float] = {"low-rank": 3e-3, "sgd": 3e-2, "momentum": 1e-2, "adam": 1e-3}
 
 _WARMUP_SHARE = 0.1
-_MAX_GRAD_NORM = 5.0
+MAX_GRAD_NORM = 5.0
 _CHECKPOINT_EVERY = 10
 
 
@@ -183,8 +183,8 @@ def personalize(
         if on_step:
             on_step(record)
 
-    optimizer = _optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
-    scheduler = LambdaLR(optimizer, partial(_warmup_then_cosine, steps=config.steps))
+    optimizer = make_optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    scheduler = LambdaLR(optimizer, partial(warmup_then_cosine, steps=config.steps))
     # The seed is this run's own: the random numbers of whoever calls go on as if nothing had happened.
     with torch.random.fork_rng(devices=[]), watch:
         torch.manual_seed(config.seed)
@@ -195,7 +195,7 @@ def personalize(
             optimizer,
             steps=config.steps,
             scheduler=scheduler,
-            max_grad_norm=_MAX_GRAD_NORM,
+            max_grad_norm=MAX_GRAD_NORM,
             checkpoint=out / results.CHECKPOINT,
             every=_CHECKPOINT_EVERY,
             resume=resume,
@@ -238,7 +238,8 @@ def personalize(
     return report
 
 
-def _optimizer(config: PersonalizeConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(config: PersonalizeConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of a method, over the parameters that train."""
     # Fused on every side: the fastest that torch has, and without temporaries as large as the weights.
     if config.method in ("sgd", "momentum"):
         momentum = 0.9 if config.method == "momentum" else 0.0
@@ -246,7 +247,7 @@ def _optimizer(config: PersonalizeConfig, parameters: list[nn.Parameter]) -> tor
     return torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
 
 
-def _warmup_then_cosine(done: int, *, steps: int) -> float:
+def warmup_then_cosine(done: int, *, steps: int) -> float:
     """The share of the learning rate for the step after ``done`` steps: a short rise, then a cosine to nearly 0."""
     warmup = max(1, round(_WARMUP_SHARE * steps))
     if done < warmup:
