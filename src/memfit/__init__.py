@@ -1,6 +1,6 @@
 """memfit trains the whole model in the memory you have."""
 
-from memfit.convert import convert_, restore_, state_dict
+from memfit.convert import Technique, convert_, restore_, state_dict
 from memfit.errors import (
     CheckpointError,
     ConversionError,
@@ -9,18 +9,29 @@ from memfit.errors import (
     MissingExtraError,
     TrainingError,
 )
+from memfit.fit import FitResult, StepRecord, fit
 from memfit.gradients.low_rank import LowRankGradient
+from memfit.ledger import Ledger, Peak, ProcessPeak, ledger, process_peak
 from memfit.schedule.allocator import release_freed_memory
 
 __all__ = [
     "CheckpointError",
     "ConversionError",
     "DataError",
+    "FitResult",
+    "Ledger",
     "LowRankGradient",
     "MemfitError",
     "MissingExtraError",
+    "Peak",
+    "ProcessPeak",
+    "StepRecord",
+    "Technique",
     "TrainingError",
     "convert_",
+    "fit",
+    "ledger",
+    "process_peak",
     "release_freed_memory",
     "restore_",
     "state_dict",
