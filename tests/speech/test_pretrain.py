@@ -12,7 +12,7 @@ import torch
 
 from memfit.errors import DataError
 from memfit.speech import digits, pretrain
-from memfit.speech.model import RecognizerConfig, load
+from memfit.speech.model import RecognizerConfig, load, load_base
 from memfit.speech.pretrain import PretrainConfig
 
 soundfile = pytest.importorskip("soundfile", reason="needs soundfile (the speech extra)")
@@ -97,3 +97,21 @@ def test_a_folder_without_the_speakers_is_refused(tmp_path: Path, capsys: pytest
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DataError, match="no such folder"):
         pretrain.training_words(tmp_path / "nowhere", "george", 8000)
+
+
+def test_the_model_card_quotes_the_measurement() -> None:
+    root = Path(__file__).parents[2]
+    report = json.loads((root / "benchmarks" / "results" / "pretrain.json").read_text())
+    card = (root / "docs" / "model-card.md").read_text()
+    for speaker, rate in report["wer"].items():
+        row = next(line for line in card.splitlines() if line.startswith(f"| {speaker} |"))
+        assert row.endswith(f"| {100 * rate:.1f} % |")
+    assert f"{report['parameters']:,} parameters" in card
+
+
+def test_the_shipped_recognizer_is_as_good_as_its_model_card_says(fsdd: Path) -> None:
+    report = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "pretrain.json").read_text())
+    rates = pretrain.error_rates(load_base(), fsdd)
+    # Another processor may round one score differently; a word is 0.4 points.
+    assert rates == pytest.approx(report["wer"], abs=0.01)
+    assert max(rates[speaker] for speaker in pretrain.TRAINING_SPEAKERS) < 0.03
