@@ -23,7 +23,7 @@ _UNITS = ("KiB", "MiB", "GiB")
 _COLOURS = {
     "weights": ("#0072b2", "#ffffff"),
     "gradients": ("#e69f00", "#1a1a1a"),
-    "optimizer": ("#009e73", "#ffffff"),
+    "optimizer": ("#009e73", "#1a1a1a"),
     "activations": ("#cc79a7", "#1a1a1a"),
     "workspace": ("#8a8f98", "#1a1a1a"),
 }
