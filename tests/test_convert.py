@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import memfit
 from memfit.gradients.low_rank_layer import LowRankLinear
@@ -131,9 +132,60 @@ def test_a_weight_that_is_computed_is_refused(net: Net) -> None:
 def test_a_tied_weight_is_refused_and_both_owners_named() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(10, 8), "out": nn.Linear(8, 10, bias=False)})
     model["out"].weight = model["embed"].weight
-    with pytest.raises(memfit.ConversionError, match=r"'out' shares its weight with 'embed'"):
+    with pytest.raises(memfit.ConversionError, match=r"'out' shares its weight with 'embed\.weight'"):
         memfit.convert_(model, memfit.LowRankGradient(rank=2))
     assert type(model["out"]) is nn.Linear
+
+
+def test_weights_tied_inside_one_layer_are_refused() -> None:
+    lstm = nn.LSTM(6, 6, num_layers=2)
+    lstm.weight_hh_l1 = lstm.weight_hh_l0
+    with pytest.raises(memfit.ConversionError, match="shares its weight_hh_l0 with 'weight_hh_l1'"):
+        memfit.convert_(lstm, memfit.LowRankGradient(rank=2))
+    assert type(lstm) is nn.LSTM
+
+
+def test_state_dict_is_plain_inside_a_wrapper_that_renames_keys(net: Net, tokens: torch.Tensor) -> None:
+    expected = list(net.state_dict())
+    memfit.convert_(net, memfit.LowRankGradient(rank=4))
+    net.head = checkpoint_wrapper(net.head)
+    assert list(memfit.state_dict(net)) == expected
+
+
+def test_state_dict_and_restore_do_not_round_under_autocast(net: Net) -> None:
+    expected = net.head[0].weight.detach().clone()
+    memfit.convert_(net, memfit.LowRankGradient(rank=4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(memfit.state_dict(net)["head.0.weight"], expected)
+        assert torch.equal(memfit.restore_(net).head[0].weight, expected)
+
+
+def test_unfreezing_everything_brings_no_dense_gradient_back(net: Net, tokens: torch.Tensor) -> None:
+    memfit.convert_(net, memfit.LowRankGradient(rank=4))
+    net.requires_grad_(False)
+    net.requires_grad_(True)
+    net(tokens).sum().backward()
+    assert [name for name, p in net.named_parameters() if name.endswith(".base") and p.grad is not None] == []
+
+
+def test_conversion_works_under_a_default_device_and_dtype() -> None:
+    layer = nn.Linear(6, 5)
+    with torch.device("meta"):
+        memfit.convert_(layer, memfit.LowRankGradient(rank=2))
+    assert not layer.matrix("weight").right.is_meta
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = memfit.convert_(nn.Linear(6, 5, dtype=torch.float32), memfit.LowRankGradient(rank=2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(layer.matrix("weight").right, other.matrix("weight").right)
+
+
+def test_a_converted_layer_refuses_to_be_initialized(net: Net) -> None:
+    memfit.convert_(net, memfit.LowRankGradient(rank=2))
+    for layer in (net.head[0], net.encoder):
+        with pytest.raises(memfit.ConversionError, match="restore_"):
+            layer.reset_parameters()
 
 
 def test_a_layer_under_two_names_stays_one_layer() -> None:

@@ -112,18 +112,22 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Detached tensors in the original order. Unconverted ones share memory with the model; effective weights are new.
     """
-    converted = {name: module for name, module in model.named_modules(remove_duplicate=False)
-                 if isinstance(module, ConvertedLayer)}  # fmt: skip
-    prefixes = {(name + "." if name else ""): layer for name, layer in converted.items()}
-    states = {id(layer): layer.plain_state() for layer in converted.values()}  # once each: shared layers stay tied
-    plain: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
-        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
-        if prefix is None:
-            plain[key] = value
-        else:
-            plain.update({prefix + name: tensor for name, tensor in states[id(prefixes[prefix])].items()})
-    return plain
+    plain: dict[int, dict[str, Tensor]] = {}  # once for each layer: one under two names stays tied
+
+    def replace(layer: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+        for key in [key for key in state if key.startswith(prefix)]:
+            del state[key]
+        values = plain.setdefault(id(layer), layer.plain_state())  # type: ignore[operator]
+        state.update({prefix + name: value for name, value in values.items()})
+
+    # Hooks, for wrappers around a layer rename its keys: they must find the plain ones.
+    layers = [module for module in model.modules() if isinstance(module, ConvertedLayer)]
+    hooks = [layer.register_state_dict_post_hook(replace) for layer in layers]
+    try:
+        return dict(model.state_dict())
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _choose(model: nn.Module, technique: Technique, where: Where) -> dict[str, nn.Module]:
@@ -177,16 +181,20 @@ def _unsupported(module: nn.Module, technique: Technique) -> str | None:
 
 def _refuse_tied_weights(model: nn.Module, technique: Technique, chosen: Mapping[str, nn.Module]) -> None:
     """A converted weight must be one layer's alone; a layer that appears under several names is one layer."""
-    owners: dict[int, dict[int, str]] = {}
+    owners: dict[int, list[tuple[nn.Module, str, str]]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
+        for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), {})[id(module)] = name
+                owners.setdefault(id(parameter), []).append((module, name, attribute))
     for name, layer in chosen.items():
         for weight in technique.layers[type(layer)].weight_names(layer):
             sharing = owners[id(layer._parameters[weight])]
             if len(sharing) > 1:
-                others = [other for module, other in sharing.items() if module != id(layer)]
+                others = [
+                    f"{owner}.{attribute}" if owner else attribute
+                    for module, owner, attribute in sharing
+                    if (module, attribute) != (layer, weight)
+                ]
                 raise ConversionError(
                     f"{_label(name)} shares its {weight} with {_listed(others)}: converting one would untie them; "
                     f"leave it out of where."

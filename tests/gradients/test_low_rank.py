@@ -300,16 +300,31 @@ def test_the_refreshed_weight_is_the_weight_before_it() -> None:
     torch.testing.assert_close(layer.weight.detach(), before)
 
 
-@pytest.mark.parametrize("name", ["Adagrad", "NAdam", "momentum", "AdamW fused"])
+def test_a_layer_that_trains_in_eval_mode_is_refreshed_too() -> None:
+    model, x, y = regression()
+    converted(model.eval(), rank=4, refresh=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model, x, y).backward()
+    optimizer.step()
+    assert model[0].matrix("weight").steps == 1
+    assert not model[0].matrix("weight").left.any()
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "NAdam", "momentum", "AdamW fused", "LBFGS"])
 def test_a_refresh_suits_every_optimizer(name: str) -> None:
     model, x, y = regression()
     converted(model, rank=4, refresh=5)
     optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
     before = loss_of(model, x, y).item()
-    for _ in range(40):
+
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        optimizer.step()
+        loss = loss_of(model, x, y)
+        loss.backward()
+        return loss
+
+    for _ in range(40):
+        optimizer.step(closure)
     assert loss_of(model, x, y).item() < 0.5 * before
 
 

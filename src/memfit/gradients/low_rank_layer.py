@@ -19,7 +19,7 @@ class LowRankLayer(ConvertedLayer):
     """A layer whose matrices are :class:`LowRankMatrix`; subclasses say which matrices, and how to compute forward.
 
     Reading a converted weight by its own name (``layer.weight``) gives the effective weight, so that code which
-    reaches into the layer computes with the right one.
+    reaches into the layer computes with the right one. It is a new tensor each time: writing to it changes nothing.
     """
 
     low_rank: nn.ModuleDict
@@ -72,7 +72,13 @@ class LowRankLayer(ConvertedLayer):
                     state[name] = self.matrix(name).effective()
                 elif (parameter := self._parameters[name]) is not None:
                     state[name] = parameter.detach()
+            for name, buffer in self._buffers.items():
+                if buffer is not None and name not in self._non_persistent_buffers_set:
+                    state[name] = buffer
         return state
+
+    def reset_parameters(self) -> None:
+        raise ConversionError("a converted layer cannot be initialized anew: call memfit.restore_ first.")
 
     def matrix(self, name: str) -> LowRankMatrix:
         return cast(LowRankMatrix, self.low_rank[name])

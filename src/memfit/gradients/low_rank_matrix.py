@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def random_basis(rank: int, columns: int, generator: torch.Generator) -> Tensor:
     """A Gaussian V (rank x columns), float32 on the CPU, of variance 1/rank, so that E[V^T V] = I."""
-    return torch.randn(rank, columns, generator=generator) / rank**0.5
+    return torch.randn(rank, columns, generator=generator, device="cpu", dtype=torch.float32) / rank**0.5
 
 
 def low_rank_linear(x: Tensor, base: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -46,6 +46,7 @@ def low_rank_linear(x: Tensor, base: Tensor, bias: Tensor | None, left: Tensor, 
         (..., m), of the dtype of ``F.linear(x, base)``.
     """
     rows = x.reshape(-1, x.shape[-1])
+    base = base.detach()  # also when somebody has unfrozen it: its gradient would be the dense one
     y = F.linear(rows, base, bias)
     projected = F.linear(rows, right.to(base.dtype))
     # In place: neither product needs its own output in backward, and a second N x m tensor would be the peak.
@@ -87,14 +88,15 @@ class LowRankMatrix(nn.Module):
     @torch.no_grad()
     def _draw(self) -> None:
         """Fill V from the seed and the number of steps taken, the same on every device and after every resume."""
-        generator = torch.Generator().manual_seed(self.seed + self.steps)
+        generator = torch.Generator("cpu").manual_seed(self.seed + self.steps)
         if not self.right.is_meta:
             self.right.copy_(random_basis(self.right.shape[0], self.right.shape[1], generator))
 
     def effective(self) -> Tensor:
         """The weight in force, (m, n), of the base's dtype; differentiable in the factors."""
-        product = torch.addmm(self.base.to(self.left.dtype), self.left, self.right)
-        return product.to(self.base.dtype)
+        base = self.base.detach()
+        with torch.autocast(base.device.type, enabled=False):  # which would round the weight
+            return torch.addmm(base.to(self.left.dtype), self.left, self.right).to(base.dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``F.linear`` with the effective weight."""
@@ -103,7 +105,7 @@ class LowRankMatrix(nn.Module):
 
     def watch(self) -> None:
         """Called whenever the factors are used: from then on the optimizer's steps are counted for the refresh."""
-        if self.refresh is not None and self.training:
+        if self.refresh is not None and torch.is_grad_enabled():
             _refreshing.add(self)
 
     @torch.no_grad()
@@ -158,5 +160,7 @@ def _reset_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         state["sum"].fill_(group["initial_accumulator_value"])
         state["step"].zero_()
+    elif isinstance(optimizer, torch.optim.LBFGS):  # keeps one history of all parameters, under the first one's name
+        optimizer.state.clear()
     else:
         optimizer.state.pop(parameter, None)

@@ -35,31 +35,34 @@ _BLOCK_STEPS = 32
 
 
 class RowProduct:
-    """``x -> x weight^T``, made for many calls with an x of at most ``rows`` rows.
+    """``x -> x (base + left right)^T``, made for many calls with an x of at most ``rows`` rows.
 
-    A large float32 weight on the CPU is brought once into oneDNN's blocked layout: a copy that lives as long as this.
+    A large float32 weight on the CPU is brought once into oneDNN's blocked layout, a copy that lives as long as this,
+    and the low-rank part is added in each call: the sum would be a second copy. Small weights are summed.
     """
 
-    def __init__(self, weight: Tensor, rows: int) -> None:
-        self.transposed = weight.t()
+    def __init__(self, base: Tensor, left: Tensor, right: Tensor, rows: int) -> None:
         self.blocked: Tensor | None = None
         if (
-            weight.numel() >= _BLOCK_FROM
-            and weight.dtype == torch.float32
-            and weight.device.type == "cpu"
+            base.numel() >= _BLOCK_FROM
+            and base.dtype == torch.float32
+            and base.device.type == "cpu"
             and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         ):
-            self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-            del self.transposed
+            self.blocked = torch.ops.mkldnn._reorder_linear_weight(base.detach(), rows)
+            self.left, self.right = left.t(), right.t()
+        else:
+            self.transposed = torch.addmm(base, left, right).t()
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.blocked is None:
             return torch.mm(x, self.transposed)
-        return torch.ops.mkldnn._linear_pointwise(x, self.blocked, None, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(x, self.blocked, None, "none", [], "")
+        return product.addmm_(torch.mm(x, self.right), self.left)
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        """``out += x weight^T``."""
+        """``out += x (base + left right)^T``."""
         if self.blocked is None:
             out.addmm_(x, self.transposed)
         else:
@@ -163,10 +166,10 @@ class Recurrence(torch.autograd.Function):
         remake: InputProduct | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, hidden = c0.shape
-        recur = RowProduct(torch.addmm(base, left, right), batch)
+        recur = RowProduct(base, left, right, batch)
         project = None
         if base_r is not None and left_r is not None and right_r is not None:
-            project = RowProduct(torch.addmm(base_r, left_r, right_r), batch)
+            project = RowProduct(base_r, left_r, right_r, batch)
         outputs = gates.new_empty(gates.shape[0], h0.shape[1])
         h, c = h0.clone(), c0.clone()
         views = (outputs, gates, gates[:, : 2 * hidden], *gates.chunk(4, dim=1))
@@ -188,19 +191,23 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_outputs: Tensor, d_hn: Tensor, d_cn: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(d_outputs.device.type, enabled=False):  # as in forward
+            return Recurrence._backward(ctx, d_outputs, d_hn, d_cn)
+
+    @staticmethod
+    def _backward(ctx: Any, d_outputs: Tensor, d_hn: Tensor, d_cn: Tensor) -> tuple[Tensor | None, ...]:
         h0, c0, base, left, right, base_r, left_r, right_r, *kept = ctx.saved_tensors
         direction = (ctx.batch_sizes, ctx.reverse)
         right_trains, right_r_trains = ctx.needs_input_grad[5], ctx.needs_input_grad[8]
         if len(kept) == 1:
             d = kept[0].clone() if _graph_is_kept() else kept[0]
         else:
-            d = _rematerialize(kept[0], InputProduct(*kept[1:]), h0, torch.addmm(base, left, right), direction)
-        d_projected = project = weight_r = None
+            d = _rematerialize(kept[0], InputProduct(*kept[1:]), h0, (base, left, right), direction)
+        d_projected = project = None
         if base_r is not None:
-            weight_r = torch.addmm(base_r, left_r, right_r)
-            project = RowProduct(weight_r.t(), c0.shape[0])
+            project = RowProduct(base_r.t(), right_r.t(), left_r.t(), c0.shape[0])
             d_projected = d_outputs.new_empty(d_outputs.shape)
-        back = RowProduct(torch.addmm(base, left, right).t(), c0.shape[0])
+        back = RowProduct(base.t(), right.t(), left.t(), c0.shape[0])
         d_h, d_c = d_hn.clone(), d_cn.clone()
         c = cells(d, c0, *direction)
         for block in blocks(ctx.batch_sizes, ctx.reverse)[::-1]:
@@ -209,8 +216,8 @@ class Recurrence(torch.autograd.Function):
 
         inner = outputs = c  # each block has left o tanh(c) there
         d_left_r = d_right_r = None
-        if weight_r is not None and d_projected is not None:
-            outputs = inner @ weight_r.t()
+        if base_r is not None and d_projected is not None:
+            outputs = low_rank_linear(inner, base_r, None, left_r, right_r)
             d_left_r = d_projected.t() @ (inner @ right_r.t())
             d_right_r = (d_projected @ left_r).t() @ inner if right_r_trains else None
         h_before = previous(outputs, h0, *direction)
@@ -226,11 +233,17 @@ def _activate_(i_and_f: Tensor, g: Tensor, o: Tensor) -> None:
 
 
 def _rematerialize(
-    outputs: Tensor, remake: InputProduct, h0: Tensor, weight: Tensor, direction: tuple[Sequence[int], bool]
+    outputs: Tensor,
+    remake: InputProduct,
+    h0: Tensor,
+    recurrent: tuple[Tensor, Tensor, Tensor],
+    direction: tuple[Sequence[int], bool],
 ) -> Tensor:
     """The activated gates (N x 4H) of all steps, from what the steps put out."""
     gates = low_rank_linear(*remake)
-    gates.addmm_(previous(outputs, h0, *direction), weight.t())
+    base, left, right = recurrent
+    h_before = previous(outputs, h0, *direction)
+    gates.addmm_(h_before, base.t()).addmm_(h_before @ right.t(), left.t())
     hidden = gates.shape[1] // 4
     _activate_(gates[:, : 2 * hidden], gates[:, 2 * hidden : 3 * hidden], gates[:, 3 * hidden :])
     return gates
