@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,3 +95,8 @@ def test_a_system_without_a_figure_is_a_clear_error(monkeypatch: pytest.MonkeyPa
     with pytest.raises(MemfitError, match="cannot read the process's resident memory on plan9"):
         process_peak().__enter__()
     assert not process._open
+
+
+def test_memfit_imports_where_there_is_no_resource_module() -> None:
+    code = "import torch, sys; sys.modules['resource'] = None; import memfit"  # as on Windows
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import memfit
 from memfit.ledger import LINES, Ledger, ledger
+
+needs_blocked_weights = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this PyTorch is built without oneDNN's blocked weights",
+)
 
 
 def nbytes(*tensors: Tensor | None) -> int:
@@ -336,6 +343,42 @@ def test_sparse_gradients_count_their_indices_and_values() -> None:
     assert largest(book, "gradients") >= nbytes(gradient._indices(), gradient._values())
     assert largest(book, "gradients") < nbytes(model.weight)
     assert last(book, "optimizer") == pytest.approx(2 * nbytes(model.weight), abs=8)
+
+
+@needs_blocked_weights
+def test_a_weight_in_onednns_blocks_counts_until_it_is_freed() -> None:
+    model = nn.Linear(2, 2)
+    weight = torch.randn(1024, 1024)
+    with torch.no_grad(), ledger(model) as book:
+        weight.mul_(1)  # it is known from here on
+        before = book.timeline[-1].lines.total
+        blocked = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+        torch.ops.mkldnn._linear_pointwise(torch.randn(8, 1024), blocked, None, "none", [], "")
+        during = book.timeline[-1].lines.total
+        del blocked
+        after = book.timeline[-1].lines.total
+    assert during - before == 4 * 2**20
+    assert after == before
+    # On no other line than that of temporaries, where the product and its input come on top.
+    assert largest(book, "activations") == nbytes(weight)
+    assert largest(book, "workspace") == 4 * 2**20 + 2 * 8 * 1024 * 4
+
+
+@needs_blocked_weights
+def test_a_low_rank_lstms_blocked_weights_are_in_the_total() -> None:
+    model = nn.LSTM(512, 512)
+    memfit.convert_(model, memfit.LowRankGradient(8))
+    batch = torch.randn(4, 8, 512)
+    with ledger(model) as book:
+        output, _ = model(batch)
+        totals = [sample.lines.total for sample in book.timeline]
+        output.sum().backward()
+    blocked = 4 * 512 * 512 * 4
+    # Without blocks the forward has no temporary of this size: its gates are 64 KiB a step.
+    steps = [after - before for before, after in pairwise(totals)]
+    assert blocked in steps
+    assert -blocked in steps
+    assert max(totals) >= nbytes(*model.parameters(), batch, output) + blocked
 
 
 def test_a_resized_storage_counts_at_its_size() -> None:

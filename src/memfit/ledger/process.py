@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import resource
 import struct
 import sys
 import threading
@@ -162,6 +161,8 @@ def _status(field: str) -> int:
 
 
 def _lifetime_peak() -> int:
+    import resource  # not there on Windows, where importing memfit must work all the same
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
 
@@ -181,6 +182,8 @@ def _forget_peak() -> bool:
 
 
 def _give_back_free_heap() -> None:
+    if sys.platform == "win32":  # CDLL(None), the process itself, exists on POSIX only
+        return
     try:
         malloc_trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):  # another C library than glibc

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType, ModuleType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -13,14 +14,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 PLAIN = frozenset({Tensor, nn.Parameter})
 """The tensor types whose storage is their own."""
 
+Memory: TypeAlias = UntypedStorage | Tensor
+"""What holds a tensor's bytes: a storage or, where Python can see none, the tensor itself."""
+
 _COMPRESSED_ROWS = (torch.sparse_csr, torch.sparse_bsr)
 _OPAQUE = (type, ModuleType, FunctionType, nn.Module)
 
 
-def storages(tensor: Tensor) -> Sequence[UntypedStorage]:
+def storages(tensor: Tensor) -> Sequence[Memory]:
     """The storages that a tensor stands on: one, or those of the parts of a sparse tensor or of a wrapper subclass.
 
-    A tensor of an opaque layout (``to_mkldnn``) has none that Python can see.
+    A tensor in a layout of oneDNN's (``to_mkldnn``, weights in blocks) has none that Python can see; it stands for its
+    own memory. Another tensor on the same memory (its ``detach()``) cannot be told from one with memory of its own.
     """
     if type(tensor) in PLAIN:
         return _own(tensor)
@@ -31,15 +36,24 @@ def storages(tensor: Tensor) -> Sequence[UntypedStorage]:
         return _own(tensor)
 
 
-def _own(tensor: Tensor) -> Sequence[UntypedStorage]:
+def size(memory: Memory) -> int:
+    """The bytes of a storage, or of the elements of a tensor that stands for its own memory (padding aside)."""
+    if isinstance(memory, Tensor):
+        return memory.numel() * memory.element_size()
+    return memory.nbytes()
+
+
+def _own(tensor: Tensor) -> Sequence[Memory]:
     try:
         return (tensor.untyped_storage(),)
     except (NotImplementedError, RuntimeError):
         return _parts(tensor)
 
 
-def _parts(tensor: Tensor) -> Sequence[UntypedStorage]:
-    """The storages of a tensor that has none of its own."""
+def _parts(tensor: Tensor) -> Sequence[Memory]:
+    """What a tensor stands on that has no storage of its own."""
+    if tensor.layout is torch._mkldnn:  # type: ignore[attr-defined]
+        return (tensor,)
     parts: tuple[Tensor, ...] = ()
     if tensor.layout is torch.sparse_coo:
         parts = (tensor._indices(), tensor._values())

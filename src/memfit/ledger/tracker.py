@@ -1,8 +1,9 @@
 """Watches every tensor storage of a region and enters it in the account.
 
 A dispatch mode sees each operator's inputs and outputs, and a weak reference to each storage reports its end: PyTorch
-keeps one Python object per storage for as long as the storage lives, whoever holds it. Which line a storage is on is
-claimed here for parameters, gradients and optimizer states, as they become known; the account works out the rest.
+keeps one Python object per storage for as long as the storage lives, whoever holds it. A tensor in a layout of oneDNN's
+shows no storage: it is entered itself, in a storage's place. Which line a storage is on is claimed here for parameters,
+gradients and optimizer states, as they become known; the account works out the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.ledger.account import BACKWARD, FORWARD, GRADIENTS, OPTIMIZER, START, STEP, WEIGHTS, Account, Entry
 from memfit.ledger.phases import Position
-from memfit.ledger.tensors import reachable, storages, tensors_in
+from memfit.ledger.tensors import Memory, reachable, size, storages, tensors_in
 
 _aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ _ACCUMULATES = frozenset({_aten.detach.default, _aten.clone.default, _aten.add_.
 _FRESH = frozenset({_aten.lift_fresh.default, _aten.lift_fresh_copy.default})
 
 
-class _Reference(weakref.ref[UntypedStorage]):
+class _Reference(weakref.ref[Memory]):
     """A weak reference to a storage that knows the storage's entry (None for one that is not counted)."""
 
     __slots__ = ("address", "entry")
@@ -98,7 +99,7 @@ class Tracker:
         self._terms: dict[int, list[Entry]] = {}
         # Tensors that were there before the region, and what was found in memory when its second round began.
         self._inputs: list[Entry] = []
-        self._found: dict[int, weakref.ref[UntypedStorage]] | None = None
+        self._found: dict[int, weakref.ref[Memory]] | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -133,13 +134,13 @@ class Tracker:
                 reference = self._live.get(storage._cdata)
                 if reference is None:
                     self._open(storage, existed=False)
-                elif reference.entry is not None and reference.entry.nbytes != storage.nbytes():
-                    self.account.resize(reference.entry, perf_counter(), storage.nbytes())
+                elif reference.entry is not None and reference.entry.nbytes != size(storage):
+                    self.account.resize(reference.entry, perf_counter(), size(storage))
         elif type(result) is list or type(result) is tuple:
             for value in result:
                 self.enter(value)
 
-    def _open(self, storage: UntypedStorage, *, existed: bool) -> Entry | None:
+    def _open(self, storage: Memory, *, existed: bool) -> Entry | None:
         with self._lock:
             reference = _Reference(storage, self._when_freed)
             reference.address = storage._cdata
@@ -148,7 +149,7 @@ class Tracker:
             if storage.device.type == self._device and self._device != "meta":
                 reference.entry = self.account.open(
                     perf_counter(),
-                    storage.nbytes(),
+                    size(storage),
                     phase=self.position.phase,
                     module="" if existed else self.position.module(),
                     operator=self.position.operator,
@@ -157,7 +158,7 @@ class Tracker:
             self._live[reference.address] = reference
             return reference.entry
 
-    def _discover(self, tensor: Tensor, storage: UntypedStorage) -> None:
+    def _discover(self, tensor: Tensor, storage: Memory) -> None:
         """Enter a storage that nothing in the region was seen to make."""
         existed = self.position.phase in (BACKWARD, STEP) or self._was_there(storage)
         entry = self._open(storage, existed=existed)
@@ -168,7 +169,7 @@ class Tracker:
         elif existed:
             self._inputs.append(entry)
 
-    def _was_there(self, storage: UntypedStorage) -> bool:
+    def _was_there(self, storage: Memory) -> bool:
         """Whether a storage that forward is given was there at the region's start.
 
         In the first round of forwards it was. Later it either was (a list of batches) or has come from elsewhere in
@@ -188,7 +189,7 @@ class Tracker:
         known = self._found.pop(storage._cdata, None)
         return known is not None and known() is storage
 
-    def _freed(self, reference: weakref.ref[UntypedStorage]) -> None:
+    def _freed(self, reference: weakref.ref[Memory]) -> None:
         assert isinstance(reference, _Reference)
         if self._live.get(reference.address) is reference:
             del self._live[reference.address]
