@@ -244,6 +244,8 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         load(tmp_path / "c.safetensors")
     with pytest.raises(CheckpointError, match="folder"):
         load(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(tmp_path / ("n" * 300))
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

@@ -508,6 +508,32 @@ def test_parameters_that_the_checkpoint_would_not_have_are_refused(tmp_path: Pat
     setup.fit(steps=1, scheduler=None)
 
 
+def test_an_optimizer_made_before_the_conversion_is_refused() -> None:
+    model = perceptron()
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    memfit.convert_(model, memfit.LowRankGradient(rank=2))
+    batches = DataLoader(data(), batch_size=5)
+    with pytest.raises(ValueError, match=r"before memfit\.convert_"):
+        Setup(model, early, batches).fit(steps=1)
+    Setup(model, torch.optim.SGD(model.parameters(), lr=0.1), batches).fit(steps=1)
+
+
+def test_a_checkpoint_of_more_steps_than_asked_for_is_refused(tmp_path: Path) -> None:
+    made(converted_one_sided, 1).fit(steps=5, checkpoint=tmp_path / "c")
+    setup = made(converted_one_sided, 2)
+    before = deepcopy(setup.model.state_dict())
+    with pytest.raises(CheckpointError, match="has 5 steps, more than the 3 asked for"):
+        setup.fit(steps=3, checkpoint=tmp_path / "c", resume=True)
+    assert same(setup.model.state_dict(), before)
+
+
+def test_a_checkpoint_that_cannot_be_looked_at_is_not_started_over(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    path.symlink_to(path.name)  # a link to itself: neither there nor missing
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        made(converted_one_sided, 1).fit(steps=1, checkpoint=path, resume=True)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"steps": -1}, {"steps": 1, "every": 0}, {"steps": 1, "patience": 0}, {"steps": 1, "resume": True}]
 )
@@ -823,6 +849,12 @@ def test_the_ledger_watches_the_only_step(tmp_path: Path) -> None:
     assert result.seconds_per_step is None
     setup.fit(steps=1, checkpoint=tmp_path / "c")
     assert setup.fit(steps=2, checkpoint=tmp_path / "c", resume=True, measure=True).records[1].measured
+
+
+def test_a_resume_watches_the_same_step(tmp_path: Path) -> None:
+    made(dropout_adam_one_cycle, 1).fit(steps=1, checkpoint=tmp_path / "c")
+    result = made(dropout_adam_one_cycle, 2).fit(steps=4, checkpoint=tmp_path / "c", resume=True, measure=True)
+    assert [record.step for record in result.records if record.measured] == [2]
 
 
 def test_progress_on_a_terminal_shows_step_loss_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ import os
 import struct
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, Union
 
 import torch
@@ -232,7 +231,7 @@ def _checksum_field(checksum: str) -> bytes:
 
 def _verified_structure(path: str | os.PathLike[str]) -> Any:
     """The structure in the header of a file that is whole and ours."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(f"{path}: this is a folder, not a checkpoint: give the file in it.")
     try:
         with open(path, "rb") as file:

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from memfit import checkpoint as checkpoints
 from memfit.errors import CheckpointError, TrainingError
 from memfit.files import check_writable
+from memfit.gradients.low_rank_matrix import LowRankMatrix
 from memfit.run import records, state
 from memfit.run.finite import MovingBuffers, all_finite, weights_are_finite
 from memfit.run.interrupts import Interrupts
@@ -92,12 +93,12 @@ def fit(
 
     Raises:
         CheckpointError: the checkpoint cannot be written (found out before the first step where possible), or the one
-            to resume from is damaged, foreign, or made with other settings, another model or another optimizer. The
-            model is then as it was.
+            to resume from is damaged, foreign, of more than ``steps`` steps, or made with other settings, another model
+            or another optimizer. The model is then as it was.
         TrainingError: ``patience`` is used up, or the weights are not finite. The last checkpoint of this run, when
             there is one, is loaded back into model, optimizer and scheduler.
         DataError: an epoch has no batches.
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or an optimizer that was made before :func:`memfit.convert_`.
 
     Example:
         >>> result = memfit.fit(model, loss, loader, optimizer, steps=1000, checkpoint="run.safetensors", resume=True)
@@ -108,6 +109,8 @@ def fit(
             raise ValueError(f"{name}={value} is not possible: give a whole number of at least {least}.")
     if checkpoint is None and resume:
         raise ValueError("resume=True needs a checkpoint to resume from: give checkpoint=PATH.")
+    if _made_before_conversion(model, optimizer):
+        raise ValueError("the optimizer was made before memfit.convert_, and would not train the layer: make it after.")
     if checkpoint is not None and (strangers := state.strangers(model, optimizer)):
         raise ValueError(
             f"the optimizer holds parameters that are not the model's ({', '.join(strangers[:4])}), which the "
@@ -131,7 +134,7 @@ def fit(
         model.train()
     try:
         with run.interrupts as interrupts:
-            resumed_from = run.begin(resume)
+            resumed_from = run.begin(resume, steps)
             with Progress(steps, resumed_from, progress) as display:
                 while run.done < steps and interrupts.signal is None:
                     record = run.advance(last=run.done + 1 == steps)
@@ -151,6 +154,24 @@ def fit(
     return FitResult(run.records, run.peak, resumed_from, interrupts.signal is not None, interrupts.signal)
 
 
+def _made_before_conversion(model: nn.Module, optimizer: Optimizer) -> bool:
+    """Whether the optimizer holds a frozen weight and not the factors that train in its place."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    matrices = (module for module in model.modules() if isinstance(module, LowRankMatrix))
+    return any(id(matrix.base) in held and id(matrix.left) not in held for matrix in matrices)
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether there is certainly no such file; where one cannot see (no permission, a disk error), reading says why."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class _NotFinite(Exception):
     """Leaves an optimizer's step from within its closure, before anything has changed."""
 
@@ -161,7 +182,6 @@ class _Run(Generic[B]):
 
     Attributes:
         measured_bytes: of the largest batch that the ledger has watched; -1 when there is none.
-        warm: whether this call has made a step: the first one also allocates what stays.
         bad_in_a_row: steps without an update since the last one with.
         saved_at: the step of the checkpoint at ``path``, when that is this run's own.
     """
@@ -179,7 +199,6 @@ class _Run(Generic[B]):
     records: list[StepRecord] = field(default_factory=list)
     peak: Peak | None = None
     measured_bytes: int = -1
-    warm: bool = False
     bad_in_a_row: int = 0
     saved_at: int | None = None
 
@@ -193,17 +212,22 @@ class _Run(Generic[B]):
     def done(self) -> int:
         return len(self.records)
 
-    def begin(self, resume: bool) -> int:
+    def begin(self, resume: bool, steps: int) -> int:
         """Load the checkpoint, if there is one to resume from; returns its step, or 0."""
         if self.path is None:
             return 0
         check_writable(self.path, "checkpoint", CheckpointError)
-        if not (resume and self.path.exists()):
+        if not resume or _is_missing(self.path):
             return 0
         tree = self._load()
         state.compare_settings(tree["settings"], self.settings, self.path)
         state.compare(tree, self.model, self.optimizer, self.scheduler, self.path)
         earlier = records.unpack(tree["records"])
+        if len(earlier) > steps:
+            raise CheckpointError(
+                f"{self.path}: the checkpoint has {len(earlier)} steps, more than the {steps} asked for: "
+                "ask for as many, or start anew without resuming."
+            )
         self.position.restore(tree["position"], self.path, stop=lambda: self.interrupts.signal is not None)
         state.unpack(tree, self.model, self.optimizer, self.scheduler, self.path)
         self.records = earlier
@@ -221,7 +245,8 @@ class _Run(Generic[B]):
                 return None
             raise
         size = batch_bytes(batch)
-        largest_so_far = size > self.measured_bytes if self.measured_bytes >= 0 else self.warm or last
+        # The run's first step also allocates what stays; a resume has loaded that.
+        largest_so_far = size > self.measured_bytes if self.measured_bytes >= 0 else self.done > 0 or last
         peak: Peak | None = None
         start = time.perf_counter()
         if self.measure and largest_so_far:
@@ -236,7 +261,6 @@ class _Run(Generic[B]):
             value, updated = self._step(batch)
         record = StepRecord(self.done + 1, value, time.perf_counter() - start, peak, skipped=not updated)
         self.records.append(record)
-        self.warm = True
         self.bad_in_a_row = 0 if updated else self.bad_in_a_row + 1
         return record
 

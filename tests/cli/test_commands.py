@@ -108,6 +108,29 @@ def test_transcribe_prints_text_and_json(folder, base):
     assert values == [{"file": str(folder / "0.wav"), "text": one.stdout.strip("\n")}]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not UTF-8")
+def test_a_name_that_is_not_utf8_can_be_printed(folder, base, tmp_path):
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/voice \xff"))
+    folder.rename(strange)
+    two = run("transcribe", "--model", base, strange / "0.wav", strange / "1.wav")
+    assert two.exit_code == 0, two.exception
+    assert two.stdout.count("voice \\udcff/") == 2
+    (value,) = json.loads(run("transcribe", "--model", base, strange / "0.wav", "--json").stdout)
+    assert value["file"] == str(strange / "0.wav")
+    result = personalize(strange, base, tmp_path / "out")
+    assert result.exit_code == 0, result.exception
+    assert json.loads((tmp_path / "out/report.json").read_text("ascii"))["config"]["recordings"] == str(strange)
+    assert "voice \\udcff" in (tmp_path / "out/report.html").read_text("utf-8")
+
+
+def test_a_name_that_is_too_long_is_one_sentence(folder, base, tmp_path):
+    name = "n" * 300
+    refused(run("transcribe", "--model", base, name), name)
+    refused(personalize(Path(name), base, tmp_path / "out"), name)
+    refused(personalize(folder, base, tmp_path / name), name)
+    refused(personalize(folder, base, tmp_path / name, "--resume"), name)
+
+
 @pytest.mark.parametrize(
     ("rate", "channels", "subtype", "suffix"),
     [(8000, 2, "PCM_16", "wav"), (44100, 1, "PCM_24", "wav"), (48000, 2, "FLOAT", "wav"), (16000, 1, "PCM_16", "flac")],
@@ -335,7 +358,7 @@ def test_a_signal_says_how_to_go_on_and_gives_its_exit_code(folder, base, tmp_pa
     assert process.returncode == 128 + number, errors
     assert output == ""
     assert "Traceback" not in errors
-    assert re.search(r"interrupted after step \d+ of 100000; the checkpoint is written: .*checkpoint", errors)
+    assert re.search(r"interrupted after step \d+ of 100000; the last checkpoint: .*checkpoint", errors)
     assert re.search(r"to go on: memfit personalize --recordings .* --resume\n$", errors)
 
 

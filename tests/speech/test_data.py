@@ -117,6 +117,34 @@ def test_an_unusable_recording_is_refused_by_name(
     assert str(caught.value).startswith(str(path))
 
 
+def test_a_recording_without_a_header_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "x.raw").write_bytes(bytes(4000))
+    with pytest.raises(DataError, match=r"x\.raw: .*does not say its sample rate"):
+        load_audio(tmp_path / "x.raw", 8000)
+
+
+def test_a_recording_that_claims_too_many_samples_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*arguments: object, **more: object) -> None:
+        raise MemoryError
+
+    _tone(tmp_path / "x.wav")
+    monkeypatch.setattr(soundfile, "read", read)
+    with pytest.raises(DataError, match=r"x\.wav: .*memory"):
+        load_audio(tmp_path / "x.wav", 8000)
+
+
+def test_names_that_are_too_long_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="n" * 300):
+        load_audio(tmp_path / ("n" * 300), 8000)
+    with pytest.raises(DataError, match="n" * 300):
+        _load(tmp_path / ("n" * 300))
+    (tmp_path / "metadata.csv").write_text(HEADER + "n" * 300 + ",one\n")
+    with pytest.raises(DataError, match="line 2"):
+        _load(tmp_path)
+
+
 # Transcripts
 
 

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -233,6 +235,27 @@ def test_a_run_that_stopped_at_any_step_and_is_resumed_ends_the_same(config, fin
     assert report.losses == expected.losses
     assert report.wer_curve == expected.wer_curve
     assert report.heard == expected.heard
+
+
+def test_the_callers_random_numbers_go_on_undisturbed(config, tmp_path):
+    def draws() -> tuple[float, float, float]:
+        return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+    with pytest.raises(Stop):
+        personalize(config, tmp_path / "out", on_step=stop_at(12))
+    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
+        generator(11)
+    expected = draws()
+    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
+        generator(11)
+    personalize(config, tmp_path / "out", resume=True)
+    assert draws() == expected
+
+
+def test_an_interrupted_run_names_the_checkpoint_only_if_there_is_one(tmp_path):
+    assert "there is no checkpoint" in str(InterruptedRun(signal.SIGINT, 2, 5, tmp_path / "c"))
+    (tmp_path / "c").touch()
+    assert f"the last checkpoint: {tmp_path / 'c'}" in str(InterruptedRun(signal.SIGINT, 2, 5, tmp_path / "c"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

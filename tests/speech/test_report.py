@@ -107,6 +107,23 @@ def test_a_damaged_report_is_refused_by_name(text):
         PersonalizeReport.from_json(text, "out/report.json")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"config": []},
+        {"peak_bytes": {}},
+        {"peak_bytes": []},
+        {"peak_bytes": {**PEAK, "weights": None}},
+        {"versions": 3},
+        {"seconds_per_step": "1"},
+        {"wer_after": None},
+    ],
+)
+def test_a_report_with_values_of_another_kind_is_refused_by_name(report, damage):
+    with pytest.raises(DataError, match=r"out/report\.json"):
+        PersonalizeReport.from_json(json.dumps({**report.to_dict(), **damage}), "out/report.json")
+
+
 def test_the_page_is_well_formed_and_needs_no_script_and_no_network(report):
     text = render(report)
     page = Page(text)

@@ -14,6 +14,12 @@ def say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
+def show(line: str) -> None:
+    """Write a line to standard output; what its encoding lacks, as a file's name may have, is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
+
+
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write a table to standard output; the first column is text, the others are figures."""
     if not sys.stdout.isatty():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import Annotated, Literal, cast
 import typer
 from rich.console import Console
 
+from memfit.cli import console
 from memfit.cli.console import say
 from memfit.ledger import LINES, Peak
 from memfit.ledger.report import format_bytes, table, text
@@ -76,7 +78,7 @@ def personalize(
         report = run(config, out, resume=resume, notify=say, progress=True)
     except (InterruptedRun, KeyboardInterrupt) as stopped:
         say(str(stopped) or "interrupted")
-        if (out / CHECKPOINT).exists():
+        if os.path.exists(out / CHECKPOINT):
             command = [word for word in sys.argv[1:] if word != "--resume"]
             say(f"to go on: {shlex.join(['memfit', *command, '--resume'])}")
         number = stopped.signal if isinstance(stopped, InterruptedRun) else signal.SIGINT
@@ -85,8 +87,8 @@ def personalize(
         print(report.to_json(), end="")
     else:
         show(report)
-        print(f"\nthe report: {out / PAGE}")
-        print(f"to use it:  memfit transcribe --model {shlex.quote(str(out / MODEL))} AUDIO...")
+        console.show(f"\nthe report: {out / PAGE}")
+        console.show(f"to use it:  memfit transcribe --model {shlex.quote(str(out / MODEL))} AUDIO...")
 
 
 def show(report: PersonalizeReport) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from memfit.cli.console import show
 from memfit.errors import MemfitError
 from memfit.speech import model as recognizer_file
 from memfit.speech.audio import Utterance, load_audio
@@ -37,6 +38,6 @@ def transcribe(
         (text,) = recognize(recognizer, [Utterance(waveform, "", path.name)], beam=beam)
         texts.append({"file": str(path), "text": text})
         if not as_json:
-            print(text if len(audio) == 1 else f"{path}: {text}", flush=True)
+            show(text if len(audio) == 1 else f"{path}: {text}")
     if as_json:
-        print(json.dumps(texts, indent=2, ensure_ascii=False))
+        print(json.dumps(texts, indent=2))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,16 @@ def restore(state: dict[str, Any]) -> None:
         import numpy
 
         numpy.random.set_state(_arrays(state["numpy"]))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whatever is drawn, seeded or restored inside, the generators go on afterwards as if it had not been."""
+    state = capture()
+    try:
+        yield
+    finally:
+        restore(state)
 
 
 def _plain(value: Any) -> Any:

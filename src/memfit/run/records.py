@@ -45,7 +45,8 @@ class FitResult:
         records: of every step since the run's beginning, also of those before a resume.
         peak: the largest peak that was measured, or None.
         resumed_from: the step of the checkpoint that this call started from; 0 when it started at the beginning.
-        interrupted: whether a signal ended this call; the checkpoint is written.
+        interrupted: whether a signal ended this call. A checkpoint of its last step is written, unless that step was
+            skipped: then the last checkpoint, if there is one, is of an earlier step.
         signal: the number of that signal, or None.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,15 +40,12 @@ def load_audio(path: str | Path, sample_rate: int) -> Tensor:
         float32 of shape ``(samples,)``, at least one sample, all finite.
 
     Raises:
-        DataError: the file is missing, unreadable or empty, or has samples that are not finite.
+        DataError: the file is missing, unreadable, empty or too large, or has samples that are not finite.
         MissingExtraError: ``soundfile``, or ``soxr`` where another rate needs it, is not installed.
     """
     path = Path(path)
     soundfile = require("soundfile", extra="speech")
-    if not path.is_file():
-        raise DataError(
-            f"{path}: " + ("this is a folder, not a recording." if path.is_dir() else "there is no such recording.")
-        )
+    _refuse_other_than_files(path)
     try:
         with path.open("rb") as file:
             samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
@@ -56,6 +54,12 @@ def load_audio(path: str | Path, sample_rate: int) -> Tensor:
     except soundfile.LibsndfileError as error:
         raise DataError(
             f"{path}: not a recording that can be read ({error.error_string.strip().rstrip('.')})."
+        ) from error
+    except TypeError as error:  # a file without a header, by its name: its rate and format cannot be known
+        raise DataError(f"{path}: a raw recording does not say its sample rate; export it as WAV or FLAC.") from error
+    except MemoryError as error:
+        raise DataError(
+            f"{path}: the recording says that it has more samples than fit into memory; it is damaged, or must be cut."
         ) from error
     if len(samples) == 0:
         raise DataError(f"{path}: the recording is empty; record it again or remove it.")
@@ -68,3 +72,15 @@ def load_audio(path: str | Path, sample_rate: int) -> Tensor:
         if len(audio) == 0:
             raise DataError(f"{path}: the recording is too short to be heard; record it again or remove it.")
     return audio
+
+
+def _refuse_other_than_files(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a name with a null character
+        raise DataError(f"{path}: there is no such recording.") from error
+    except OSError as error:
+        raise DataError(f"{path}: the recording cannot be read: {error.strerror or error}.") from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise DataError(f"{path}: this is {what}, not a recording.")

@@ -75,11 +75,12 @@ def load_recordings(
     folder = Path(folder)
     if utterances is not None and utterances < 1:
         raise DataError(f"{utterances} training utterances were asked for; at least 1 is needed.")
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: " + ("this is a file; give the folder." if folder.exists() else "there is no such folder.")
-        )
     try:
+        # Inside: a name that is too long, or a folder above that may not be entered, is an OSError already here.
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: " + ("this is a file; give the folder." if folder.exists() else "there is no such folder.")
+            )
         if (folder / TABLE).is_file():
             if speaker is not None:
                 raise DataError(f"{folder / TABLE}: has no speakers to choose {speaker!r} from; leave the speaker out.")
@@ -187,7 +188,7 @@ def _read_table(folder: Path, alphabet: Sequence[str]) -> list[tuple[str, str]]:
                 f"{where}: the file {name!r} lies outside of the folder; move it in and name it relatively."
             )
         path = folder / relative
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataError(f"{where}: the recording {name!r} does not exist in {folder}.")
         same = first_lines.setdefault(path.resolve(), line)
         if same != line:

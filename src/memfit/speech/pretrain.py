@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -172,7 +173,7 @@ def training_words(recordings: Path, speaker: str, sample_rate: int) -> list[Utt
     """
     if speaker == TEST_SPEAKER:
         raise ValueError(f"{TEST_SPEAKER} is the test voice and is never trained on")
-    if not recordings.is_dir():
+    if not os.path.isdir(recordings):
         raise DataError(f"{recordings}: there is no such folder; give the Free Spoken Digit Dataset's.")
     files = [file for file in digits.find(recordings) if file.speaker == speaker and not file.held_out]
     if len(files) < digits.FEWEST_DIGITS:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 
 from memfit.errors import DataError
+from memfit.ledger import LINES
 
 JSON: TypeAlias = "str | int | float | bool | list[JSON] | dict[str, JSON] | None"
 
@@ -90,8 +91,8 @@ class PersonalizeReport:
         }
 
     def to_json(self) -> str:
-        """The text of ``report.json``."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """The text of ``report.json``: ASCII, for the name of a folder need not be possible in any encoding."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> PersonalizeReport:
@@ -106,14 +107,25 @@ class PersonalizeReport:
         """
         try:
             values = json.loads(text)
-            return cls(
+            report = cls(
                 heard=tuple(Heard(**heard) for heard in values.pop("hypotheses")),
                 wer_curve=tuple((int(step), float(wer)) for step, wer in values.pop("wer_curve")),
                 losses=tuple(math.nan if loss is None else float(loss) for loss in values.pop("losses")),
                 **values,
             )
+            report._check()
+            return report
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{where}: not a report of memfit personalize, or a damaged one: remove it.") from error
+
+    def _check(self) -> None:
+        """Refuse, by the errors that a use would raise, values of other kinds than are written."""
+        for mapping in (self.config, self.peak_bytes, self.versions):
+            mapping.items()
+        peak = [self.peak_bytes[line] for line in LINES]
+        figures = (self.steps, self.wer_before, self.wer_after, self.seconds_per_step, self.process_peak_bytes, *peak)
+        if not all(isinstance(figure, int | float) for figure in figures):
+            raise TypeError("a figure is not a number")
 
 
 def versions() -> dict[str, str]:

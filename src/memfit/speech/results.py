@@ -38,7 +38,7 @@ def finished_report(folder: Path, settings: Mapping[str, JSON]) -> PersonalizeRe
         DataError: the report can't be read.
     """
     path = folder / REPORT
-    if not (folder / MODEL).exists():
+    if not os.path.exists(folder / MODEL):
         return None
     try:
         text = path.read_text(encoding="utf-8")
@@ -76,10 +76,10 @@ def prepare(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, atomically.
+    """Write a file in UTF-8, atomically; what UTF-8 lacks, as the name of a folder may have, is escaped.
 
     Raises:
         MemfitError: it can't be written; an earlier one is intact.
     """
     with atomic_write(path, "report", MemfitError) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
