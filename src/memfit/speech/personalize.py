@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from memfit.convert import convert_, state_dict
 from memfit.errors import MemfitError
 from memfit.fit import StepRecord, fit
 from memfit.gradients.low_rank import LowRankGradient
+from memfit.run.random_state import undisturbed
 from memfit.speech import model as recognizer_file
 from memfit.speech import results
 from memfit.speech.batches import Batches, ctc_loss
@@ -99,7 +101,7 @@ class PersonalizeConfig:
 
 
 class InterruptedRun(Exception):
-    """Training was stopped by a signal; unless it came before the first step, the checkpoint is written.
+    """Training was stopped by a signal. What is done is in the checkpoint, but for skipped batches at the end.
 
     Attributes:
         signal: the number of the signal: SIGINT (Ctrl-C) or SIGTERM.
@@ -107,7 +109,8 @@ class InterruptedRun(Exception):
     """
 
     def __init__(self, signal: int, step: int, steps: int, checkpoint: Path) -> None:
-        saved = f"after step {step} of {steps}; the checkpoint is written: {checkpoint}"
+        last = f"the last checkpoint: {checkpoint}" if os.path.exists(checkpoint) else "there is no checkpoint yet"
+        saved = f"after step {step} of {steps}; {last}"
         super().__init__("interrupted " + (saved if step else "before the first step"))
         self.signal, self.step = signal, step
 
@@ -142,7 +145,7 @@ def personalize(
         CheckpointError: the checkpoint is damaged, foreign, or made with other settings.
         TrainingError: the loss is no longer finite.
         MemfitError: ``out`` holds another run's results, or cannot be written.
-        InterruptedRun: Ctrl-C or SIGTERM came while training; the checkpoint is written.
+        InterruptedRun: Ctrl-C or SIGTERM came while training; ``resume`` goes on from the last checkpoint.
     """
     out = Path(out)
     say = notify or (lambda sentence: None)
@@ -185,8 +188,8 @@ def personalize(
 
     optimizer = make_optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
     scheduler = LambdaLR(optimizer, partial(warmup_then_cosine, steps=config.steps))
-    # The seed is this run's own: the random numbers of whoever calls go on as if nothing had happened.
-    with torch.random.fork_rng(devices=[]), watch:
+    # The seed is this run's own, and so is what a resume restores: the caller's random numbers go on undisturbed.
+    with undisturbed(), watch:
         torch.manual_seed(config.seed)
         result = fit(
             model,
