@@ -47,7 +47,7 @@ LOW_RANK = {
     "low-rank Adam, left": memfit.LowRankGradient(rank=16, sides="left"),
     "low-rank Adam, rematerialized": memfit.LowRankGradient(rank=16, rematerialize=True),
 }
-DENSE = ("dense Adam, fused", "dense momentum", "dense SGD")
+DENSE = ("dense Adam, fused", "dense SGD")
 METHODS = (*DENSE, *LOW_RANK)
 
 
@@ -59,8 +59,6 @@ def build(method: str, config: RecognizerConfig) -> tuple[nn.Module, torch.optim
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if method == "dense SGD":
         return model, torch.optim.SGD(parameters, lr=1e-3)
-    if method == "dense momentum":
-        return model, torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
     return model, torch.optim.Adam(parameters, lr=1e-4, fused=True)
 
 
