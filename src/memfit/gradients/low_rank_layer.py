@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from memfit.convert import ConvertedLayer, Technique, put_parameter
 from memfit.errors import ConversionError
-from memfit.gradients.low_rank_matrix import LowRankMatrix
+from memfit.gradients.low_rank_matrix import LowRankMatrix, matrix_shape
 
 if TYPE_CHECKING:
     from memfit.gradients.low_rank import LowRankGradient
@@ -34,9 +34,9 @@ class LowRankLayer(ConvertedLayer):
             assert weight is not None
             if not weight.is_floating_point():
                 return f"has a {name} of dtype {weight.dtype}, which does not train"
-            if rank > min(weight.shape):
-                shape = " x ".join(str(size) for size in weight.shape)
-                return f"has a {name} of {shape}, so the rank may be at most {min(weight.shape)}, not {rank}"
+            sides = matrix_shape(weight)
+            if rank > min(sides):
+                return f"has a {name} of {sides[0]} x {sides[1]}, so the rank may be at most {min(sides)}, not {rank}"
         return None
 
     @classmethod

@@ -54,11 +54,20 @@ def low_rank_linear(x: Tensor, base: Tensor, bias: Tensor | None, left: Tensor, 
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def matrix_shape(weight: Tensor, transposed: bool = False) -> tuple[int, int]:
+    """Rows and columns of a weight of two or more dimensions, seen as a matrix."""
+    rows, columns = weight.shape[0], weight.shape[1:].numel()
+    return (columns, rows) if transposed else (rows, columns)
+
+
 class LowRankMatrix(nn.Module):
     """One frozen weight and the factors that train it.
 
+    A weight of more than two dimensions is the matrix of its first one against all others, such as a convolution's
+    ``C_out x (C_in kh kw)``; a transposed one, ``weight^T``, is what layers need that store inputs by outputs.
+
     Attributes:
-        base: (m, n) the weight's own Parameter, frozen while it is here.
+        base: the weight's own Parameter, of any shape, frozen while it is here. As a matrix it is m x n.
         left: (m, r) Parameter U, zero at the start and after a refresh.
         right: (r, n) V; a Parameter with ``sides="both"``, a buffer with ``sides="left"``.
             Factors are float32 where the weight is of half precision, else of its dtype.
@@ -68,9 +77,10 @@ class LowRankMatrix(nn.Module):
     left: nn.Parameter
     right: Tensor
 
-    def __init__(self, base: nn.Parameter, technique: LowRankGradient, name: str) -> None:
+    def __init__(self, base: nn.Parameter, technique: LowRankGradient, name: str, transposed: bool = False) -> None:
         super().__init__()
-        rows, columns = base.shape
+        self.transposed = transposed
+        rows, columns = matrix_shape(base, transposed)
         self.refresh = technique.refresh
         self.seed = zlib.crc32(f"{technique.seed}/{name}".encode())
         self.steps = 0
@@ -93,15 +103,18 @@ class LowRankMatrix(nn.Module):
             self.right.copy_(random_basis(self.right.shape[0], self.right.shape[1], generator))
 
     def effective(self) -> Tensor:
-        """The weight in force, (m, n), of the base's dtype; differentiable in the factors."""
+        """The weight in force, of the base's shape and dtype; differentiable in the factors."""
         base = self.base.detach()
+        first, second = (self.right.t(), self.left.t()) if self.transposed else (self.left, self.right)
         with torch.autocast(base.device.type, enabled=False):  # which would round the weight
-            return torch.addmm(base.to(self.left.dtype), self.left, self.right).to(base.dtype)
+            product = torch.addmm(base.flatten(1).to(self.left.dtype), first, second)
+        return product.to(base.dtype).view(base.shape)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``F.linear`` with the effective weight."""
         self.watch()
-        return low_rank_linear(x, self.base, bias, self.left, self.right)
+        base = self.base.t() if self.transposed else self.base
+        return low_rank_linear(x, base, bias, self.left, self.right)
 
     def watch(self) -> None:
         """Called whenever the factors are used: from then on the optimizer's steps are counted for the refresh."""
@@ -134,7 +147,7 @@ class LowRankMatrix(nn.Module):
         self.steps = int(state)
 
     def extra_repr(self) -> str:
-        return f"{self.base.shape[0]}, {self.base.shape[1]}, rank={self.left.shape[1]}"
+        return f"{self.left.shape[0]}, {self.right.shape[1]}, rank={self.left.shape[1]}"
 
 
 _refreshing: weakref.WeakSet[LowRankMatrix] = weakref.WeakSet()
