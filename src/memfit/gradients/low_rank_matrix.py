@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from memfit.sharding import copy_full_
+
 if TYPE_CHECKING:
     from memfit.gradients.low_rank import LowRankGradient
 
@@ -47,11 +49,17 @@ def low_rank_linear(x: Tensor, base: Tensor, bias: Tensor | None, left: Tensor, 
     """
     rows = x.reshape(-1, x.shape[-1])
     base = base.detach()  # also when somebody has unfrozen it: its gradient would be the dense one
-    y = F.linear(rows, base, bias)
-    projected = F.linear(rows, right.to(base.dtype))
+    y = F.linear(rows, base)
+    projected = F.linear(rows, right.to(base.dtype)).to(y.dtype)
+    left = left.to(y.dtype)
+    if bias is not None:
+        # One more column of the narrow product: adding it by itself takes a pass over y, and its gradient another.
+        projected = torch.cat((projected, projected.new_ones(rows.shape[0], 1)), dim=1)
+        left = torch.cat((left, bias.to(y.dtype).unsqueeze(1)), dim=1)
     # In place: neither product needs its own output in backward, and a second N x m tensor would be the peak.
-    y = y.addmm_(projected.to(y.dtype), left.to(y.dtype).t())
-    return y.view(*x.shape[:-1], y.shape[-1])
+    y = y.addmm_(projected, left.t())
+    # No view: of one that somebody changes in place (a residual's `x += y`), fully_shard would lose sight.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def matrix_shape(weight: Tensor, transposed: bool = False) -> tuple[int, int]:
@@ -69,13 +77,13 @@ class LowRankMatrix(nn.Module):
     Attributes:
         base: the weight's own Parameter, of any shape, frozen while it is here. As a matrix it is m x n.
         left: (m, r) Parameter U, zero at the start and after a refresh.
-        right: (r, n) V; a Parameter with ``sides="both"``, a buffer with ``sides="left"``.
+        right: (r, n) Parameter V, frozen with ``sides="left"``.
             Factors are float32 where the weight is of half precision, else of its dtype.
     """
 
     base: nn.Parameter
     left: nn.Parameter
-    right: Tensor
+    right: nn.Parameter
 
     def __init__(self, base: nn.Parameter, technique: LowRankGradient, name: str, transposed: bool = False) -> None:
         super().__init__()
@@ -89,10 +97,8 @@ class LowRankMatrix(nn.Module):
         dtype = torch.float32 if base.dtype.itemsize < 4 else base.dtype
         self.left = nn.Parameter(torch.zeros(rows, technique.rank, dtype=dtype, device=base.device))
         right = torch.empty(technique.rank, columns, dtype=dtype, device=base.device)
-        if technique.sides == "both":
-            self.right = nn.Parameter(right)
-        else:
-            self.register_buffer("right", right)
+        # Not a buffer: DistributedDataParallel would broadcast it at each forward, and fully_shard would not shard it.
+        self.right = nn.Parameter(right, requires_grad=technique.sides == "both")
         self._draw()
 
     @torch.no_grad()
@@ -100,7 +106,7 @@ class LowRankMatrix(nn.Module):
         """Fill V from the seed and the number of steps taken, the same on every device and after every resume."""
         generator = torch.Generator("cpu").manual_seed(self.seed + self.steps)
         if not self.right.is_meta:
-            self.right.copy_(random_basis(self.right.shape[0], self.right.shape[1], generator))
+            copy_full_(self.right, random_basis(self.right.shape[0], self.right.shape[1], generator))
 
     def effective(self) -> Tensor:
         """The weight in force, of the base's shape and dtype; differentiable in the factors."""
@@ -137,7 +143,7 @@ class LowRankMatrix(nn.Module):
             self.merge_()
             self._draw()
             for factor in (self.left, self.right):
-                if isinstance(factor, nn.Parameter):
+                if factor.requires_grad:
                     _reset_state(optimizer, factor)
 
     def get_extra_state(self) -> Tensor:
@@ -157,10 +163,11 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """torch calls this after every step of every optimizer: so a refresh needs no call in the user's loop."""
     if not _refreshing:
         return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for matrix in list(_refreshing):
-        if id(matrix.left) in held:
-            matrix.after_step(optimizer)
+    matrices = {id(matrix.left): matrix for matrix in _refreshing}
+    # In the optimizer's order, the same in all processes: the merge of a sharded weight is a conversation of theirs.
+    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+        if id(parameter) in matrices:
+            matrices[id(parameter)].after_step(optimizer)
 
 
 register_optimizer_step_post_hook(_after_any_step)

@@ -1,0 +1,33 @@
+"""Parameters that are spread over several processes, as ``fully_shard`` and tensor parallelism leave them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor."""
+    # Who has a DTensor has imported its module; `import memfit` need not.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether one of the tensors is a DTensor."""
+    return any(is_sharded(tensor) for tensor in tensors)
+
+
+def copy_full_(target: Tensor, full: Tensor) -> None:
+    """``target.copy_(full)``, where target may be a DTensor and every process has all of ``full``.
+
+    Needs no communication, and no autograd: call it under ``torch.no_grad()``.
+    """
+    if is_sharded(target):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = target.device_mesh  # type: ignore[attr-defined]
+        full = DTensor.from_local(full.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    target.copy_(full)
