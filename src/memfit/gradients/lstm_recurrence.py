@@ -31,7 +31,7 @@ from memfit.gradients.low_rank_matrix import low_rank_linear
 # faster through many products of a few rows each than the BLAS does, which repacks it every time.
 _BLOCK_FROM = 512 * 512
 # Backward works on this many steps at once: enough to hide the cost of a call, few enough to keep temporaries small.
-_BLOCK_STEPS = 32
+_BLOCK_STEPS = 16
 
 
 class RowProduct:
@@ -51,7 +51,7 @@ class RowProduct:
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         ):
             self.blocked = torch.ops.mkldnn._reorder_linear_weight(base.detach(), rows)
-            self.left, self.right = left.t(), right.t()
+            self.left, self.right = left.t(), right.t().contiguous()
         else:
             self.transposed = torch.addmm(base, left, right).t()
 
@@ -61,12 +61,12 @@ class RowProduct:
         product = torch.ops.mkldnn._linear_pointwise(x, self.blocked, None, "none", [], "")
         return product.addmm_(torch.mm(x, self.right), self.left)
 
-    def add_to(self, out: Tensor, x: Tensor) -> None:
-        """``out += x (base + left right)^T``."""
+    def plus(self, other: Tensor, x: Tensor) -> Tensor:
+        """``other + x (base + left right)^T``, a new tensor."""
         if self.blocked is None:
-            out.addmm_(x, self.transposed)
-        else:
-            out.add_(self(x))
+            return torch.addmm(other, x, self.transposed)
+        total = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.blocked, None, "add")
+        return total.addmm_(torch.mm(x, self.right), self.left)
 
 
 def run_order(rows: Tensor, batch_sizes: Sequence[int], reverse: bool) -> tuple[Tensor, ...]:
@@ -77,6 +77,9 @@ def run_order(rows: Tensor, batch_sizes: Sequence[int], reverse: bool) -> tuple[
 
 def previous(states: Tensor, initial: Tensor, batch_sizes: Sequence[int], reverse: bool) -> Tensor:
     """For every row of ``states`` (N x K) the state of its sequence a step before; ``initial`` (B x K) at the first."""
+    batch = initial.shape[0]
+    if batch == batch_sizes[0] == batch_sizes[-1]:  # a full batch: all rows move by one step
+        return torch.cat((states[batch:], initial) if reverse else (initial, states[:-batch]))
     shifted: list[list[Tensor]] = []
     before = initial[:0]
     for state in run_order(states, batch_sizes, reverse):
@@ -84,6 +87,37 @@ def previous(states: Tensor, initial: Tensor, batch_sizes: Sequence[int], revers
         shifted.append([before[:known], initial[known:rows]])
         before = state
     return torch.cat([piece for step in (shifted[::-1] if reverse else shifted) for piece in step])
+
+
+def factor_gradients(
+    d: Tensor,
+    states: Tensor,
+    initial: Tensor,
+    left: Tensor,
+    right: Tensor,
+    order: tuple[Sequence[int], bool],
+    both: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``d^T (S right^T)`` (M x r) and, where both sides train, ``(d left)^T S`` (r x P), with S the previous states.
+
+    S (N x P) would be a copy of all states, so it is the narrow products (N x r) that are moved by a step.
+
+    Args:
+        d: (N, M) gradients of what S was multiplied into.
+        states: (N, P); with ``initial`` (B, P) what S is made of.
+        left: (M, r).
+        right: (r, P).
+        order: batch sizes and whether the recurrence runs in reverse.
+        both: whether the second one is wanted.
+    """
+    count, batch = states.shape[0], initial.shape[0]
+    numbers = torch.arange(count + batch, device=d.device).unsqueeze(1)
+    source = previous(numbers[:count], numbers[count:], *order).squeeze(1)
+    d_left = d.t() @ torch.cat((states @ right.t(), initial @ right.t())).index_select(0, source)
+    if not both:
+        return d_left, None
+    moved = d.new_zeros(count + batch, left.shape[1]).index_copy_(0, source, d @ left)
+    return d_left, (moved[:count].t() @ states).addmm_(moved[count:].t(), initial)
 
 
 class Block(NamedTuple):
@@ -172,17 +206,22 @@ class Recurrence(torch.autograd.Function):
             project = RowProduct(base_r, left_r, right_r, batch)
         outputs = gates.new_empty(gates.shape[0], h0.shape[1])
         h, c = h0.clone(), c0.clone()
+        states = {rows: (h[:rows], c[:rows]) for rows in set(batch_sizes)}
         views = (outputs, gates, gates[:, : 2 * hidden], *gates.chunk(4, dim=1))
         by_step = [run_order(view, batch_sizes, reverse) for view in views]
         for output, gate, i_and_f, i, f, g, o in zip(*by_step, strict=True):
-            rows = gate.shape[0]
-            recur.add_to(gate, h[:rows])
-            _activate_(i_and_f, g, o)
-            cell = c[:rows]
+            state, cell = states[gate.shape[0]]
+            raw = recur.plus(gate, state)
+            torch.sigmoid(raw[:, : 2 * hidden], out=i_and_f)
+            torch.tanh(raw[:, 2 * hidden : 3 * hidden], out=g)
+            torch.sigmoid(raw[:, 3 * hidden :], out=o)
             cell.mul_(f).addcmul_(i, g)
-            inner = torch.tanh(cell).mul_(o)
-            output.copy_(inner if project is None else project(inner))
-            h[:rows] = output
+            inner = torch.tanh(cell)
+            if project is None:
+                torch.mul(inner, o, out=state)
+            else:
+                state.copy_(project(inner.mul_(o)))
+            output.copy_(state)
         kept = (gates,) if remake is None else (outputs, *remake)
         ctx.save_for_backward(h0, c0, base, left, right, base_r, left_r, right_r, *kept)
         ctx.batch_sizes, ctx.reverse = batch_sizes, reverse
@@ -211,7 +250,7 @@ class Recurrence(torch.autograd.Function):
         d_h, d_c = d_hn.clone(), d_cn.clone()
         c = cells(d, c0, *direction)
         for block in blocks(ctx.batch_sizes, ctx.reverse)[::-1]:
-            _backward_block(block, ctx.reverse, d, c, c0, d_outputs, d_projected, d_h, d_c, back, project)
+            d_h = _backward_block(block, ctx.reverse, d, c, c0, d_outputs, d_projected, d_h, d_c, back, project)
         del back, project
 
         inner = outputs = c  # each block has left o tanh(c) there
@@ -220,9 +259,7 @@ class Recurrence(torch.autograd.Function):
             outputs = low_rank_linear(inner, base_r, None, left_r, right_r)
             d_left_r = d_projected.t() @ (inner @ right_r.t())
             d_right_r = (d_projected @ left_r).t() @ inner if right_r_trains else None
-        h_before = previous(outputs, h0, *direction)
-        d_left = d.t() @ (h_before @ right.t())
-        d_right = (d @ left).t() @ h_before if right_trains else None
+        d_left, d_right = factor_gradients(d, outputs, h0, left, right, direction, right_trains)
         return d, d_h, d_c, None, d_left, d_right, None, d_left_r, d_right_r, None, None, None
 
 
@@ -261,11 +298,11 @@ def _backward_block(
     d_c: Tensor,
     back: RowProduct,
     project: RowProduct | None,
-) -> None:
+) -> Tensor:
     """The backward recursion through one block of steps, last step first.
 
-    Turns the block's rows of ``gates`` into their gradients, and those of ``c`` into o tanh(c); moves ``d_h`` and
-    ``d_c``, the gradients of the states, to before the block; fills in the block's rows of ``d_projected``.
+    Turns the block's rows of ``gates`` into their gradients, and those of ``c`` into o tanh(c); fills in the block's
+    rows of ``d_projected``; moves ``d_c``, the gradients of the cells, to before the block, and returns ``d_h`` there.
 
     What each step's gradients get multiplied with is computed for all steps of the block at once: dh meets
     k = o (1 - tanh^2 c) on its way to dc, and o (1 - o) tanh c on its way to the gate o; dc meets i (1 - i) c~,
@@ -293,16 +330,21 @@ def _backward_block(
     by_step = [run_order(view, block.batch_sizes, reverse)[::-1] for view in views]
     for d_gate, d_ifg, d_o, k_t, keep_t, d_out_t, kept_t in zip(*by_step, strict=True):
         active = d_gate.shape[0]
-        d_out = d_h[:active].add_(d_out_t)
+        full = active == d_h.shape[0]
+        d_out = (d_h if full else d_h[:active]).add_(d_out_t)
         if project is not None:
             kept_t.copy_(d_out)
             d_out = project(d_out)
-        d_cell = d_c[:active]
+        d_cell = d_c if full else d_c[:active]
         d_cell.addcmul_(d_out, k_t)
         d_o.mul_(d_out)
         d_ifg.mul_(d_cell.unsqueeze(1))
         d_cell.mul_(keep_t)
-        d_h[:active] = back(d_gate)
+        if full:
+            d_h = back(d_gate)
+        else:
+            d_h[:active] = back(d_gate)
+    return d_h
 
 
 def _graph_is_kept() -> bool:
