@@ -129,22 +129,6 @@ def test_a_weight_that_is_computed_is_refused(net: Net) -> None:
         memfit.convert_(old, memfit.LowRankGradient(rank=2), where="0")
 
 
-def test_a_tied_weight_is_refused_and_both_owners_named() -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(10, 8), "out": nn.Linear(8, 10, bias=False)})
-    model["out"].weight = model["embed"].weight
-    with pytest.raises(memfit.ConversionError, match=r"'out' shares its weight with 'embed\.weight'"):
-        memfit.convert_(model, memfit.LowRankGradient(rank=2))
-    assert type(model["out"]) is nn.Linear
-
-
-def test_weights_tied_inside_one_layer_are_refused() -> None:
-    lstm = nn.LSTM(6, 6, num_layers=2)
-    lstm.weight_hh_l1 = lstm.weight_hh_l0
-    with pytest.raises(memfit.ConversionError, match="shares its weight_hh_l0 with 'weight_hh_l1'"):
-        memfit.convert_(lstm, memfit.LowRankGradient(rank=2))
-    assert type(lstm) is nn.LSTM
-
-
 def test_state_dict_is_plain_inside_a_wrapper_that_renames_keys(net: Net, tokens: torch.Tensor) -> None:
     expected = list(net.state_dict())
     memfit.convert_(net, memfit.LowRankGradient(rank=4))

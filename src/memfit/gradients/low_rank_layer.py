@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -25,6 +26,8 @@ class LowRankLayer(ConvertedLayer):
     low_rank: nn.ModuleDict
     _plain_order: tuple[str, ...]
     plain_class: ClassVar[type[nn.Module]]
+    inputs_first: ClassVar[bool] = False
+    """Whether the weights are stored inputs by outputs, so that their matrix is the transpose."""
 
     @classmethod
     def obstacle(cls, layer: nn.Module, technique: Technique) -> str | None:
@@ -34,7 +37,7 @@ class LowRankLayer(ConvertedLayer):
             assert weight is not None
             if not weight.is_floating_point():
                 return f"has a {name} of dtype {weight.dtype}, which does not train"
-            sides = matrix_shape(weight)
+            sides = matrix_shape(weight, cls.inputs_first)
             if rank > min(sides):
                 return f"has a {name} of {sides[0]} x {sides[1]}, so the rank may be at most {min(sides)}, not {rank}"
         return None
@@ -45,7 +48,9 @@ class LowRankLayer(ConvertedLayer):
         matrices = nn.ModuleDict()
         for weight in cls.weight_names(layer):
             parameter = cast(nn.Parameter, layer._parameters.pop(weight))
-            matrices[weight] = LowRankMatrix(parameter, cast("LowRankGradient", technique), f"{name}.{weight}")
+            matrices[weight] = LowRankMatrix(
+                parameter, cast("LowRankGradient", technique), f"{name}.{weight}", cls.inputs_first
+            )
         layer.__class__ = cls
         converted = cast(LowRankLayer, layer)
         converted.technique = technique
@@ -64,12 +69,22 @@ class LowRankLayer(ConvertedLayer):
             matrix.base.requires_grad_(True)
             put_parameter(self, order, name, matrix.base)
 
-    def plain_state(self) -> dict[str, Tensor]:
+    @classmethod
+    def reading(cls, layer: nn.Module, weight: str) -> Hashable:
+        return cls.inputs_first
+
+    def tie_(self, weight: str, other: ConvertedLayer, other_weight: str) -> None:
+        self.low_rank[weight] = cast(LowRankLayer, other).low_rank[other_weight]
+
+    def plain_state(self, made: dict[nn.Module, Tensor]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         with torch.no_grad():
             for name in self._plain_order:
                 if name in self.low_rank:
-                    state[name] = self.matrix(name).effective()
+                    matrix = self.matrix(name)
+                    if matrix not in made:
+                        made[matrix] = matrix.effective()
+                    state[name] = made[matrix]
                 elif (parameter := self._parameters[name]) is not None:
                     state[name] = parameter.detach()
             for name, buffer in self._buffers.items():
