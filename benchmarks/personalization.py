@@ -19,17 +19,13 @@ import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
-import memfit
-from memfit.fit import fit
 from memfit.speech import personalize as task
-from memfit.speech.batches import Batches, ctc_loss
+from memfit.speech.batches import Batches
 from memfit.speech.data import load_recordings
 from memfit.speech.metrics import transcribe, word_error_rate
 from memfit.speech.model import load_base
@@ -47,30 +43,9 @@ METHODS: dict[str, dict[str, Any]] = {
 def error_rate(config: task.PersonalizeConfig) -> float:
     """The word error rate on the test utterances after the training of ``config``; before it, with no steps."""
     torch.set_num_threads(1)
-    model = load_base()
-    recordings = load_recordings(
-        config.recordings,
-        sample_rate=model.config.sample_rate,
-        alphabet=model.config.alphabet,
-        speaker=config.speaker,
-        utterances=config.utterances,
-        seed=config.seed,
-    )
-    batches = Batches(recordings.train, model.config, config.batch_size)
-    if config.method == "low-rank":
-        memfit.convert_(model, memfit.LowRankGradient(config.rank, sides=config.sides, seed=config.seed))
-    optimizer = task.make_optimizer(config, [p for p in model.parameters() if p.requires_grad])
-    torch.manual_seed(config.seed)
-    fit(
-        model,
-        ctc_loss,
-        batches,
-        optimizer,
-        steps=config.steps,
-        scheduler=LambdaLR(optimizer, partial(task.warmup_then_cosine, steps=config.steps)),
-        max_grad_norm=task.MAX_GRAD_NORM,
-        measure=False,
-    )
+    model, recordings = task.load(config)
+    task.convert(config, model)
+    task.train(config, model, Batches(recordings.train, model.config, config.batch_size), measure=False)
     model.eval()
     return word_error_rate([utterance.text for utterance in recordings.test], transcribe(model, recordings.test))
 

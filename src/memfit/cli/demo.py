@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shlex
 from contextlib import suppress
 from dataclasses import replace
@@ -23,8 +24,8 @@ from memfit.speech.results import MODEL, PAGE
 from memfit.speech.synth import speak
 
 _FOLDER = "memfit-demo"
-_VOICE = "en-gb-scotland+m7"
-_RATE, _PITCH = 165, 40
+_VOICE = "en-us+m7"
+_RATE, _PITCH = 150, 50
 _SAMPLE_RATE = 8000
 _STRINGS = 60
 _SEED = 2020
@@ -103,7 +104,7 @@ def speak_recordings(folder: Path) -> None:
 def _unused_folder() -> Path:
     """A folder of this name, or with the first number after it, that is not there yet: earlier demos stay."""
     folder, number = Path(_FOLDER), 1
-    while folder.exists():
+    while os.path.exists(folder):
         number += 1
         folder = Path(f"{_FOLDER}-{number}")
     return folder

@@ -174,7 +174,7 @@ def save(model: nn.Module | Mapping[str, Tensor], config: RecognizerConfig, path
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    header = {"format": "pt", _HEADER_KEY: json.dumps(config.to_dict(), sort_keys=True)}
+    header = {_HEADER_KEY: json.dumps(config.to_dict(), sort_keys=True)}
     payload = safetensors.torch.save(tensors, metadata=header)
     with atomic_write(path, "model", DataError) as file:
         file.write(payload)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from memfit.convert import convert_, state_dict
 from memfit.errors import MemfitError
-from memfit.fit import StepRecord, fit
+from memfit.fit import FitResult, StepRecord, fit
 from memfit.gradients.low_rank import LowRankGradient
 from memfit.run.random_state import undisturbed
 from memfit.speech import model as recognizer_file
@@ -42,6 +43,7 @@ LEARNING_RATES: dict[Method, float] = {"low-rank": 3e-3, "sgd": 3e-2, "momentum"
 _WARMUP_SHARE = 0.1
 MAX_GRAD_NORM = 5.0
 _CHECKPOINT_EVERY = 10
+_SHARED_FROM_WIDTH = 512
 
 
 @dataclass(frozen=True)
@@ -152,27 +154,32 @@ def personalize(
     if not resume:
         results.refuse_earlier_results(out)
 
-    model = recognizer_file.load_base() if config.base is None else recognizer_file.load(config.base)
-    recordings = load_recordings(
-        config.recordings,
-        sample_rate=model.config.sample_rate,
-        alphabet=model.config.alphabet,
-        speaker=config.speaker,
-        utterances=config.utterances,
-        seed=config.seed,
-    )
+    model, recordings = load(config)
     settings = _settings(config, model, recordings)
     if resume and (finished := results.finished_report(out, settings)):
         say(f"{out} holds this run's results already")
         return finished
+    with threads_for(model):
+        return _personalize(config, out, model, recordings, settings, resume, say, progress, on_step)
 
+
+def _personalize(
+    config: PersonalizeConfig,
+    out: Path,
+    model: Recognizer,
+    recordings: Recordings,
+    settings: dict[str, JSON],
+    resume: bool,
+    say: Callable[[str], None],
+    progress: bool,
+    on_step: Callable[[StepRecord], None] | None,
+) -> PersonalizeReport:
     say(recordings.description)
     references = [utterance.text for utterance in recordings.test]
     before = transcribe(model, recordings.test)
     wer_before = word_error_rate(references, before)
     batches = Batches(recordings.train, model.config, config.batch_size)
-    if config.method == "low-rank":
-        convert_(model, LowRankGradient(rank=config.rank, sides=config.sides, seed=config.seed))
+    convert(config, model)
     results.prepare(out)
     say(f"word error rate before: {percent(wer_before)}")
 
@@ -186,19 +193,12 @@ def personalize(
         if on_step:
             on_step(record)
 
-    optimizer = make_optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
-    scheduler = LambdaLR(optimizer, partial(warmup_then_cosine, steps=config.steps))
-    # The seed is this run's own, and so is what a resume restores: the caller's random numbers go on undisturbed.
+    # What a resume restores is this run's own: the caller's random numbers go on undisturbed.
     with undisturbed(), watch:
-        torch.manual_seed(config.seed)
-        result = fit(
+        result = train(
+            config,
             model,
-            ctc_loss,
             batches,
-            optimizer,
-            steps=config.steps,
-            scheduler=scheduler,
-            max_grad_norm=MAX_GRAD_NORM,
             checkpoint=out / results.CHECKPOINT,
             every=_CHECKPOINT_EVERY,
             resume=resume,
@@ -239,6 +239,57 @@ def personalize(
     results.write_text(out / results.REPORT, report.to_json())
     (out / results.WATCH).unlink(missing_ok=True)
     return report
+
+
+def load(config: PersonalizeConfig) -> tuple[Recognizer, Recordings]:
+    """The base recognizer and the recordings that a run starts from; raises as :func:`personalize` does."""
+    model = recognizer_file.load_base() if config.base is None else recognizer_file.load(config.base)
+    recordings = load_recordings(
+        config.recordings,
+        sample_rate=model.config.sample_rate,
+        alphabet=model.config.alphabet,
+        speaker=config.speaker,
+        utterances=config.utterances,
+        seed=config.seed,
+    )
+    return model, recordings
+
+
+def train(config: PersonalizeConfig, model: Recognizer, batches: Batches, **options: Any) -> FitResult:
+    """Train a recognizer that :func:`convert` has prepared.
+
+    Torch's random numbers are seeded with the configuration's. ``options`` go to :func:`memfit.fit`.
+    """
+    optimizer = make_optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    torch.manual_seed(config.seed)
+    return fit(
+        model,
+        ctc_loss,
+        batches,
+        optimizer,
+        steps=config.steps,
+        scheduler=LambdaLR(optimizer, partial(warmup_then_cosine, steps=config.steps)),
+        max_grad_norm=MAX_GRAD_NORM,
+        **options,
+    )
+
+
+@contextmanager
+def threads_for(model: Recognizer) -> Iterator[None]:
+    """One CPU thread where the matrices are too small to share: threads would wait for each other at every step."""
+    before = torch.get_num_threads()
+    if model.config.hidden < _SHARED_FROM_WIDTH:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def convert(config: PersonalizeConfig, model: Recognizer) -> None:
+    """Make the model one that the configuration's method trains, in place."""
+    if config.method == "low-rank":
+        convert_(model, LowRankGradient(rank=config.rank, sides=config.sides, seed=config.seed))
 
 
 def make_optimizer(config: PersonalizeConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
