@@ -56,7 +56,8 @@ def low_rank_linear(x: Tensor, base: Tensor, bias: Tensor | None, left: Tensor, 
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         y = _LowRankLinear.apply(rows, base, bias, left.to(dtype), right.to(dtype))
-    return y.view(*x.shape[:-1], y.shape[-1])
+    # No view: of one that somebody changes in place (a residual's `y += x`), fully_shard would lose sight.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 class _LowRankLinear(torch.autograd.Function):
