@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from memfit.choose import Where, choose, label
 from memfit.errors import ConversionError
+from memfit.sharding import any_sharded
 from memfit.technique import ConvertedLayer, Technique, put_parameter
 
 __all__ = ["ConvertedLayer", "Technique", "Where", "convert_", "put_parameter", "restore_", "state_dict"]
@@ -27,13 +29,25 @@ def convert_(model: nn.Module, technique: Technique, where: Where = "*") -> nn.M
 
     Raises:
         ConversionError: nothing matched; a layer is unsupported, frozen, converted already, shares its weight with
-            a layer that is not chosen, or does not suit the technique (for example a rank above the layer's). The
+            a layer that is not chosen, or does not suit the technique (for example a rank above the layer's); the
+            model is wrapped in DistributedDataParallel or sharded by fully_shard already: convert it before. The
             model is then unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
         >>> convert_(model, memfit.LowRankGradient(rank=8), where="0")
     """
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ConversionError(
+                f"{label(name)} is in DistributedDataParallel already, which has noted the dense weights and would not "
+                "reduce the factors' gradients: convert the model before it is wrapped."
+            )
+        if any_sharded(module.parameters(recurse=False)):
+            raise ConversionError(
+                f"{label(name)} has sharded parameters (DTensor): convert the model before fully_shard, which then "
+                "shards the factors too."
+            )
     chosen, ties = choose(model, technique, where)
     obstacles = {name: kind.obstacle(layer, technique) for name, (layer, kind, _) in chosen.items()}
     if any(obstacles.values()):
@@ -51,9 +65,20 @@ def restore_(model: nn.Module) -> nn.Module:
     """Turn every converted layer of a model back into its plain class, with the trained weights, and return the model.
 
     The original parameter objects come back, so that weights keep their identity; the factors are gone. Make a new
-    optimizer to train on. A model without converted layers is returned as it is.
+    optimizer to train on, and wrap it in DistributedDataParallel anew. A model without converted layers is returned
+    as it is.
+
+    Raises:
+        ConversionError: the model is sharded by fully_shard, which holds on to the factors: load what
+            :func:`state_dict` gives into a plain model instead.
     """
-    for layer in [module for module in model.modules() if isinstance(module, ConvertedLayer)]:
+    layers = [module for module in model.modules() if isinstance(module, ConvertedLayer)]
+    if any(any_sharded(layer.parameters()) for layer in layers):
+        raise ConversionError(
+            "the model's parameters are sharded (DTensor), and fully_shard holds on to the factors: gather what "
+            "memfit.state_dict gives (`value.full_tensor()` of each) and load it into a plain model."
+        )
+    for layer in layers:
         layer.restore_()
     return model
 
@@ -63,6 +88,9 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Loads into the original model with ``load_state_dict``, and is what one saves to use the model elsewhere. To go on
     training, save ``model.state_dict()`` instead: it has the factors.
+
+    In DistributedDataParallel the keys have its prefix, ``module.``: give the model inside to be without. Sharded by
+    fully_shard, values are DTensors, as in ``model.state_dict()``; all processes must call this, as they talk.
 
     Returns:
         Detached tensors in the original order. Unconverted ones share memory with the model; effective weights are new.

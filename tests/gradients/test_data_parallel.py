@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-import torch.distributed
 
-_WORKER = """
-import sys
-import torch
-from torch import nn
-import torch.distributed as dist
-import memfit
-
-rank, port = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-torch.set_num_threads(1)
-
-def build():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    return memfit.convert_(model, memfit.LowRankGradient(rank=2, refresh=4))
-
-def train(model, inner, x, y):
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(10):
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
-    return memfit.state_dict(inner)
-
-data = torch.Generator().manual_seed(1)
-x, y = torch.randn(16, 6, generator=data).double(), torch.randn(16, 4, generator=data).double()
-replica = build()
-found = train(nn.parallel.DistributedDataParallel(replica), replica, x.chunk(2)[rank], y.chunk(2)[rank])
-alone = build()
-expected = train(alone, alone, x, y)
-for name in expected:
-    torch.testing.assert_close(found[name], expected[name])
-print("equal")
-dist.destroy_process_group()
-"""
+Found = list[dict[str, Any]]
+RUNS = [
+    "both",
+    "both, refresh",
+    "both, refresh, micro-batches",
+    "both, refresh, in the buckets",
+    "left",
+    "left, refresh, micro-batches",
+    "lstm, refresh",
+    "lstm, left, micro-batches",
+]
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
-def test_two_processes_train_like_one_on_the_joined_batch() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    workers = [
-        subprocess.Popen([sys.executable, "-c", _WORKER, rank, port], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in "01"
-    ]
-    for worker in workers:
-        out, err = worker.communicate(timeout=300)
-        assert (worker.returncode, out) == (0, b"equal\n"), err.decode()
+@pytest.fixture(scope="module")
+def found(in_two_processes: Callable[[str], Found]) -> Found:
+    """What both processes report of the same runs."""
+    return in_two_processes("ddp_worker.py")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_train_like_one_on_the_joined_batch(found: Found, run: str) -> None:
+    for process in found:
+        assert process[run]["moved"] > 1e-2
+        assert process[run]["difference"] < 1e-12
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_both_processes_have_the_same_bits(found: Found, run: str) -> None:
+    assert all(process[run]["same everywhere"] for process in found)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_one_step_reduces_the_factors_and_vectors_once_and_nothing_else(found: Found, run: str) -> None:
+    """Also over micro-batches, of which all but the last are under no_sync; and a frozen basis is not broadcast."""
+    dense = found[0]["dense lstm" if run.startswith("lstm") else "dense linear"]["traffic"]["allreduce"]
+    for process in found:
+        traffic, trained = process[run]["traffic"], process[run]["trained bytes"]
+        assert traffic.pop("allreduce") == trained < 0.25 * dense
+        # The model's own buffers, which DistributedDataParallel sends along with each forward that synchronizes.
+        assert sum(traffic.values()) == process[run]["buffer bytes"]
+
+
+def test_the_state_has_the_wrappers_prefix_and_the_inner_models_loads_in_the_plain_model(found: Found) -> None:
+    assert all(process["prefixed keys"] for process in found)
+
+
+def test_a_wrapped_model_is_refused(found: Found) -> None:
+    """The wrapper has noted which parameters train: it would not reduce the factors' gradients."""
+    for process in found:
+        assert "convert the model before it is wrapped" in process["refusal"]
