@@ -229,6 +229,16 @@ def mixed_precision(tokens: Tensor) -> dict[str, Any]:
     }
 
 
+def account(tokens: Tensor) -> dict[str, int]:
+    """The ledger of a sharded model's step: bytes of the weights at the start, and what they should be."""
+    model = shard(build("linear", {}))
+    optimizer = optimizer_of(model)
+    with memfit.ledger(model, optimizer) as book:
+        train(model, tokens, optimizer=optimizer, steps=1)
+    own = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
+    return {"weights": book.timeline[0].lines.weights, "own": own, "all": sum(p.nbytes for p in model.parameters())}
+
+
 def main() -> None:
     # A view as a layer's output: fully_shard would miss its backward after an in-place op of the user's.
     warnings.filterwarnings("error", message=r".*FSDPLowRankLinear\) returned a view")
@@ -244,6 +254,7 @@ def main() -> None:
         found[f"dense {kind}"] = {"traffic": dict(train(dense, tokens.chunk(2)[rank]))}
     found["resume"] = resume(tokens.chunk(2)[rank])
     found["mixed precision"] = mixed_precision(tokens.chunk(2)[rank])
+    found["account"] = account(tokens.chunk(2)[rank])
     found["convert_"] = refusal(lambda: memfit.convert_(shard(build("linear", None)), memfit.LowRankGradient(rank=2)))
     found["restore_"] = refusal(lambda: memfit.restore_(shard(build("linear", {}))))
     print(json.dumps(found), flush=True)

@@ -57,6 +57,13 @@ def test_mixed_precision_trains_float32_factors(found: Found) -> None:
         assert process["mixed precision"]["dtypes"] == ["torch.float32"]
 
 
+def test_the_ledger_counts_the_shards_that_a_process_holds(found: Found) -> None:
+    """Up to the padding of what does not halve."""
+    for process in found:
+        account = process["account"]
+        assert account["own"] <= account["weights"] < 0.6 * account["all"]
+
+
 def test_a_sharded_model_is_refused(found: Found) -> None:
     """fully_shard holds on to the parameters that it found, and so to the weights or to the factors."""
     for process in found:

@@ -32,7 +32,9 @@ def storages(tensor: Tensor) -> Sequence[Memory]:
     with torch._C.DisableTorchFunctionSubclass():
         if is_traceable_wrapper_subclass(tensor):
             names, _ = tensor.__tensor_flatten__()
-            return [storage for name in names for storage in storages(getattr(tensor, name))]
+            parts = [getattr(tensor, name) for name in names]
+            # A DTensor also names its mesh, which is no tensor.
+            return [storage for part in parts if isinstance(part, Tensor) for storage in storages(part)]
         return _own(tensor)
 
 
