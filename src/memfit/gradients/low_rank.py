@@ -14,6 +14,14 @@ from torch import nn
 
 from memfit.convert import ConvertedLayer, Technique
 from memfit.errors import ConversionError
+from memfit.gradients.low_rank_conv import (
+    LowRankConv1d,
+    LowRankConv2d,
+    LowRankConv3d,
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+)
 from memfit.gradients.low_rank_layer import LowRankLinear
 from memfit.gradients.low_rank_lstm import LowRankLSTM
 
@@ -55,6 +63,12 @@ class LowRankGradient(Technique):
 
     layers: ClassVar[Mapping[type[nn.Module], type[ConvertedLayer]]] = {
         nn.Linear: LowRankLinear,
+        nn.Conv1d: LowRankConv1d,
+        nn.Conv2d: LowRankConv2d,
+        nn.Conv3d: LowRankConv3d,
+        nn.ConvTranspose1d: LowRankConvTranspose1d,
+        nn.ConvTranspose2d: LowRankConvTranspose2d,
+        nn.ConvTranspose3d: LowRankConvTranspose3d,
         nn.LSTM: LowRankLSTM,
     }
 
