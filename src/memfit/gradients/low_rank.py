@@ -22,6 +22,7 @@ from memfit.gradients.low_rank_conv import (
     LowRankConvTranspose2d,
     LowRankConvTranspose3d,
 )
+from memfit.gradients.low_rank_embedding import LowRankEmbedding
 from memfit.gradients.low_rank_layer import LowRankLinear
 from memfit.gradients.low_rank_lstm import LowRankLSTM
 
@@ -69,7 +70,12 @@ class LowRankGradient(Technique):
         nn.ConvTranspose1d: LowRankConvTranspose1d,
         nn.ConvTranspose2d: LowRankConvTranspose2d,
         nn.ConvTranspose3d: LowRankConvTranspose3d,
+        nn.Embedding: LowRankEmbedding,
         nn.LSTM: LowRankLSTM,
+    }
+
+    late_layers: ClassVar[Mapping[str, str]] = {
+        "transformers.pytorch_utils.Conv1D": "memfit.gradients.low_rank_transformers.LowRankConv1D",
     }
 
     def __post_init__(self) -> None:
