@@ -34,7 +34,7 @@ bench: $(BENCH_STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) '.[speech,demo,dev]'
+	$(INSTALL) '.[speech,demo,hf,dev]'
 	touch $@
 
 # The peers' packages besides, which nothing but the benchmarks needs.
