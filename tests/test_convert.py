@@ -64,7 +64,7 @@ def test_convert_keeps_the_layer_object_and_its_type_and_hooks(net: Net, tokens:
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
-        ("*", {"encoder", "head.0", "head.2"}),
+        ("*", {"embed", "encoder", "head.0", "head.2"}),
         ("head.*", {"head.0", "head.2"}),
         ("head.0", {"head.0"}),
         (["encoder", "head.2"], {"encoder", "head.2"}),
@@ -83,11 +83,40 @@ def test_the_model_itself_may_be_the_layer() -> None:
     assert isinstance(layer, LowRankLinear)
 
 
+class ScaledLinear(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_subclass_of_a_layer_is_not_the_layer(net: Net) -> None:
+    """It may read its weight in a way that the technique does not know."""
+    net.head[2] = ScaledLinear(14, 11)
+    memfit.convert_(net, memfit.LowRankGradient(rank=2), where="head.*")
+    assert type(net.head[2]) is ScaledLinear
+    with pytest.raises(memfit.ConversionError, match=r"'head\.2' is a ScaledLinear, which LowRankGradient does not"):
+        memfit.convert_(net, memfit.LowRankGradient(rank=2), where="head.2")
+
+
+def test_layers_better_left_dense_are_left_by_wildcards_and_refused_when_meant() -> None:
+    model = nn.ModuleDict({"depthwise": nn.Conv1d(6, 6, 3, groups=6), "pointwise": nn.Conv1d(6, 6, 1)})
+    technique = memfit.LowRankGradient(rank=2)
+    for where in ("depthwise", ["depthwise", "point*"], lambda name, module: isinstance(module, nn.Conv1d)):
+        with pytest.raises(memfit.ConversionError, match="'depthwise' has 6 groups"):
+            memfit.convert_(model, technique, where=where)
+    assert type(model["pointwise"]) is nn.Conv1d
+    with pytest.raises(
+        memfit.ConversionError, match=r"where='d\*' matched no layer .*; layer 'depthwise' has 6 groups"
+    ):
+        memfit.convert_(model, technique, where="d*")
+    memfit.convert_(model, technique)
+    assert [name for name, module in model.items() if hasattr(module, "low_rank")] == ["pointwise"]
+
+
 @pytest.mark.parametrize(
     ("where", "rank", "words"),
     [
         ("decoder.*", 2, ["'decoder.*' matched no layer", "'encoder'", "'head.0'"]),
-        ("embed", 2, ["layer 'embed' is a Embedding", "Linear, LSTM"]),
+        ("norm", 2, ["layer 'norm' is a LayerNorm", "Linear, ", "LSTM", "Conv1D of transformers"]),
         (lambda name, module: name == "norm", 2, ["matched no layer"]),
         ("head.*", 13, ["layer 'head.2'", "11 x 14", "at most 11, not 13"]),
         ("encoder", 10, ["layer 'encoder'", "36 x 9", "at most 9, not 10"]),
