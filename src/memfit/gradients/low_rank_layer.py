@@ -61,6 +61,7 @@ class LowRankLayer(ConvertedLayer):
         matrices = self.low_rank
         order = self._plain_order
         del self.low_rank, self.technique, self._plain_order
+        self.__dict__.pop("_tied_weights_keys", None)
         self.__class__ = self.plain_class  # type: ignore[assignment]
         for name, matrix in matrices.items():
             matrix = cast(LowRankMatrix, matrix)
@@ -75,6 +76,8 @@ class LowRankLayer(ConvertedLayer):
 
     def tie_(self, weight: str, other: ConvertedLayer, other_weight: str) -> None:
         self.low_rank[weight] = cast(LowRankLayer, other).low_rank[other_weight]
+        # save_pretrained of transformers asks each module which tensors are another's too, and refuses aliases else.
+        self._tied_weights_keys = {**self.__dict__.get("_tied_weights_keys", {}), f"low_rank.{weight}": other_weight}
 
     def plain_state(self, made: dict[nn.Module, Tensor]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
