@@ -31,3 +31,8 @@ def copy_full_(target: Tensor, full: Tensor) -> None:
         mesh = target.device_mesh  # type: ignore[attr-defined]
         full = DTensor.from_local(full.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
     target.copy_(full)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process where it is a DTensor: they must all call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

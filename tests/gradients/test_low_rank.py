@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import memfit
-from memfit.gradients.low_rank_matrix import low_rank_linear, random_basis
+from memfit.gradients.basis import random_basis
+from memfit.gradients.low_rank_product import low_rank_linear
 
 sizes = st.integers(1, 9)
 
@@ -296,7 +297,7 @@ def test_the_refreshed_weight_is_the_weight_before_it() -> None:
     matrix.left.data.normal_()
     layer(torch.randn(2, 9)).sum().backward()
     before = layer.weight.detach()
-    matrix.after_step(torch.optim.SGD(layer.parameters(), lr=0.1))
+    matrix.after_step()
     torch.testing.assert_close(layer.weight.detach(), before)
 
 

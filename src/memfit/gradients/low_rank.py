@@ -26,6 +26,8 @@ from memfit.gradients.low_rank_embedding import LowRankEmbedding
 from memfit.gradients.low_rank_layer import LowRankLinear
 from memfit.gradients.low_rank_lstm import LowRankLSTM
 
+POWER_REFRESH = 20  # steps; see docs/bases.md
+
 
 @dataclass(frozen=True)
 class LowRankGradient(Technique):
@@ -38,9 +40,12 @@ class LowRankGradient(Technique):
         rank: r, from 1 to the smaller side of every matrix converted.
         sides: ``"both"`` trains U and V. ``"left"`` trains U alone and keeps V fixed: the layer then saves N x r
             numbers for its weight gradient in place of its N x n input.
-        basis: how V is chosen; ``"random"``: Gaussian.
-        refresh: every so many optimizer steps merge U V into the weight and draw a new V, so that the sum of the
-            updates is not bound to one basis; the optimizer's moments of the factors are reset. None: never.
+        basis: how V is chosen. ``"random"``: Gaussian. ``"power"``: Gaussian at first, and at each refresh the row
+            space of V's own gradient, made orthogonal, which leans towards the gradient's leading singular vectors; the
+            moments of U move to the new basis, those of V start anew. It needs V's gradient: ``sides="both"``.
+        refresh: every so many optimizer steps merge U V into the weight and change V, so that the sum of the updates is
+            not bound to one basis. With a random basis the optimizer's moments of the factors are reset. None: never,
+            and every 20 steps with a power basis.
         seed: of the bases, together with the layer's name.
         rematerialize: of an LSTM, keep the outputs in place of the gates, a quarter of the size, and compute the gates
             anew in backward, with one more product per matrix.
@@ -57,7 +62,7 @@ class LowRankGradient(Technique):
 
     rank: int
     sides: Literal["both", "left"] = "both"
-    basis: Literal["random"] = "random"
+    basis: Literal["random", "power"] = "random"
     refresh: int | None = None
     seed: int = 0
     rematerialize: bool = False
@@ -85,5 +90,15 @@ class LowRankGradient(Technique):
                 raise ConversionError(f"{field}={value!r} is not possible: give a whole number of at least {least}.")
         if self.sides not in ("both", "left"):
             raise ConversionError(f'sides={self.sides!r} is not known: choose "both" or "left".')
-        if self.basis != "random":
-            raise ConversionError(f'basis={self.basis!r} is not known: choose "random".')
+        if self.basis not in ("random", "power"):
+            raise ConversionError(f'basis={self.basis!r} is not known: choose "random" or "power".')
+        if self.basis == "power":
+            self._check_power()
+
+    def _check_power(self) -> None:
+        if self.sides == "left":
+            raise ConversionError('basis="power" takes V from its own gradient, which sides="left" does without.')
+        if self.refresh is None:
+            object.__setattr__(self, "refresh", POWER_REFRESH)
+        elif self.refresh < 2:
+            raise ConversionError('refresh=1 is too often for basis="power": right after a refresh V has no gradient.')

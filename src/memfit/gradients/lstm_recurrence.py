@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from memfit.gradients.low_rank_matrix import low_rank_linear
+from memfit.gradients.low_rank_product import low_rank_linear
 
 # A weight of this many elements no longer fits the inner caches. oneDNN's blocked layout then streams it 3 to 5 times
 # faster through many products of a few rows each than the BLAS does, which repacks it every time.

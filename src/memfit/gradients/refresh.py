@@ -1,0 +1,99 @@
+"""When low-rank factors change their basis, and what then becomes of the optimizer's moments.
+
+No call in the user's loop is needed: torch tells of every optimizer's step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from memfit.gradients.low_rank_matrix import LowRankMatrix
+
+# What optimizers remember of a parameter, by how it changes with the parameter's coordinates. All else is reset.
+_LINEAR = frozenset({"exp_avg", "momentum_buffer"})
+_QUADRATIC = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+
+_refreshing: weakref.WeakSet[LowRankMatrix] = weakref.WeakSet()
+_optimizers = WeakIdKeyDictionary()  # factor -> a weak reference to the optimizer that last moved it
+
+
+def watch(matrix: LowRankMatrix) -> None:
+    """From now on call ``matrix.after_step`` after each step of the optimizer that holds its left factor."""
+    _refreshing.add(matrix)
+
+
+def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _refreshing:
+        return
+    matrices = {id(matrix.left): matrix for matrix in _refreshing}
+    factors = {id(factor) for matrix in _refreshing for factor in (matrix.left, matrix.right)}
+    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in factors]
+    for factor in held:
+        _optimizers[factor] = weakref.ref(optimizer)
+    # In the optimizer's order, the same in all processes: the merge of a sharded weight is a conversation of theirs.
+    for factor in held:
+        if id(factor) in matrices:
+            matrices[id(factor)].after_step()
+
+
+register_optimizer_step_post_hook(_after_any_step)
+
+
+def _optimizer_of(factor: nn.Parameter) -> Optimizer | None:
+    reference = _optimizers.get(factor)
+    return None if reference is None else reference()
+
+
+def momentum(factor: nn.Parameter) -> Tensor | None:
+    """The optimizer's running mean of a factor's gradient, or where it keeps none, the last gradient.
+
+    None where there is nothing to see: no gradient yet, all zeros, or numbers that are not finite.
+    """
+    optimizer = _optimizer_of(factor)
+    state = optimizer.state.get(factor, {}) if optimizer is not None else {}
+    found = next((state[name] for name in sorted(_LINEAR) if isinstance(state.get(name), Tensor)), factor.grad)
+    if found is None or not torch.isfinite(found).all() or not found.any():
+        return None
+    return found
+
+
+def move_moments(factor: nn.Parameter, coordinates: Tensor) -> None:
+    """Bring the moments of a left factor (m x r) to new coordinates (r x r), ``u -> u C``.
+
+    A mean of gradients moves as they do. A mean of their squares moves by the squares of C, which is right where their
+    coordinates are uncorrelated (LDAdam, arXiv 2410.16103). Other state is reset.
+    """
+    optimizer = _optimizer_of(factor)
+    if optimizer is None:
+        return
+    state = optimizer.state.get(factor, {})
+    moments = {name for name, value in state.items() if isinstance(value, Tensor) and value.shape == factor.shape}
+    if not moments or not moments <= _LINEAR | _QUADRATIC:
+        reset_moments(factor)
+        return
+    for name in moments:
+        moved = coordinates if name in _LINEAR else coordinates.square()
+        state[name].copy_(state[name] @ moved.to(state[name].dtype))
+
+
+def reset_moments(factor: nn.Parameter) -> None:
+    """Bring a factor's optimizer state to what it was before the first step."""
+    optimizer = _optimizer_of(factor)
+    if optimizer is None:
+        return
+    if isinstance(optimizer, torch.optim.Adagrad):  # the one optimizer of torch that makes its state at once
+        state = optimizer.state[factor]
+        group = next(g for g in optimizer.param_groups if any(p is factor for p in g["params"]))
+        state["sum"].fill_(group["initial_accumulator_value"])
+        state["step"].zero_()
+    elif isinstance(optimizer, torch.optim.LBFGS):  # keeps one history of all parameters, under the first one's name
+        optimizer.state.clear()
+    else:
+        optimizer.state.pop(factor, None)
