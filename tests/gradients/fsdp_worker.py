@@ -33,6 +33,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], int]] = {
     "linear": ("linear", {}, 2),
     "linear, refresh": ("linear", {"refresh": 2}, 1),
     "linear, left, refresh": ("linear", {"sides": "left", "refresh": 2}, 1),
+    "convolution, refresh": ("convolution", {"refresh": 2}, 1),
     "transformer, refresh": ("transformer", {"refresh": 2}, 2),
     "transformer, left": ("transformer", {"sides": "left"}, 1),
     "lstm, refresh": ("lstm", {"refresh": 2}, 1),
@@ -65,6 +66,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(TOKENS, WIDTH)
         self.blocks = nn.ModuleList([Block(), Block()])
         self.head = nn.Linear(WIDTH, TOKENS)
+        self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -74,28 +76,39 @@ class Transformer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Linear layers, of sizes that two processes cannot halve, or an LSTM between two of them."""
+    """A layer between two Linear ones, of sizes that two processes cannot halve."""
 
-    def __init__(self, recurrent: bool) -> None:
+    def __init__(self, middle: nn.Module) -> None:
         super().__init__()
         self.embed = nn.Embedding(TOKENS, WIDTH)
         self.first = nn.Linear(WIDTH, 21)
-        self.middle = nn.LSTM(21, 19, batch_first=True) if recurrent else nn.Linear(21, 19)
+        self.middle = middle
         self.last = nn.Linear(19, TOKENS)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.middle(torch.tanh(self.first(self.embed(tokens))))
+        x = torch.tanh(self.first(self.embed(tokens)))
+        if isinstance(self.middle, nn.Conv1d):
+            x = self.middle(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+        else:
+            x = self.middle(x)
         return self.last(torch.tanh(x[0] if isinstance(x, tuple) else x))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: Stack(nn.Linear(21, 19)),
+    "convolution": lambda: Stack(nn.Conv1d(21, 19, 3)),
+    "lstm": lambda: Stack(nn.LSTM(21, 19, batch_first=True)),
+    "transformer": Transformer,
+}
 
 
 def build(kind: str, settings: dict[str, Any] | None) -> nn.Module:
     """A model in float64, the same in every process; dense where there are no settings."""
     torch.manual_seed(0)
-    model = (Transformer() if kind == "transformer" else Stack(kind == "lstm")).double()
+    model = MODELS[kind]().double()
     if settings is None:
         return model
-    technique = memfit.LowRankGradient(rank=3, **settings)
-    return memfit.convert_(model, technique, where=lambda name, _: not name.startswith("embed"))
+    return memfit.convert_(model, memfit.LowRankGradient(rank=3, **settings))
 
 
 def shard(model: nn.Module, **arguments: Any) -> nn.Module:
@@ -249,7 +262,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name, (kind, settings, micro_batches) in RUNS.items():
         found[name] = compare(kind, settings, tokens, rank, micro_batches)
-    for kind in ("linear", "transformer", "lstm"):
+    for kind in MODELS:
         dense = shard(build(kind, None))
         found[f"dense {kind}"] = {"traffic": dict(train(dense, tokens.chunk(2)[rank]))}
     found["resume"] = resume(tokens.chunk(2)[rank])

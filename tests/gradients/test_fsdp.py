@@ -12,6 +12,7 @@ RUNS = [
     "linear",
     "linear, refresh",
     "linear, left, refresh",
+    "convolution, refresh",
     "transformer, refresh",
     "transformer, left",
     "lstm, refresh",
