@@ -39,18 +39,17 @@ class LowRankEmbedding(LowRankLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         matrix = self.matrix("weight")
         matrix.watch()
-        padding = self.padding_idx
+        tokens, padding = input.reshape(-1), self.padding_idx
         dtype = matrix.base.dtype
-        left = F.embedding(input, matrix.left, padding, sparse=self.sparse).to(dtype)
+        left = F.embedding(tokens, matrix.left, padding, sparse=self.sparse).to(dtype)
         right = matrix.right.to(dtype)
         with torch.no_grad():
-            y = F.embedding(input, matrix.base)
+            y = F.embedding(tokens, matrix.base)
         if padding is not None:
             # The padding's row moves with a weight that it is tied to, but gives no gradient, not to V either.
-            is_padding = (input == padding).unsqueeze(-1)
+            is_padding = (tokens == padding).unsqueeze(1)
             with torch.no_grad():
                 y += is_padding * (matrix.left[padding].unsqueeze(1) * matrix.right).sum(0).to(dtype)
             left = left.masked_fill(is_padding, 0)
         # In place on the rows just gathered, which autograd does not need.
-        rows = y.view(-1, y.shape[-1]).addmm_(left.view(-1, left.shape[-1]), right)
-        return rows.view(y.shape)
+        return y.addmm_(left, right).view(*input.shape, self.embedding_dim)
