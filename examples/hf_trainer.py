@@ -92,6 +92,8 @@ def main() -> None:
 
     # An ordinary Llama again, with the trained weights under their original keys.
     memfit.restore_(model)
+    if not trainer.is_world_process_zero():  # started by torchrun, which works as with any model
+        return
     final = arguments.output / "final"
     model.save_pretrained(final)
     (final / "alphabet.json").write_text(json.dumps(alphabet), encoding="utf-8")
