@@ -335,13 +335,21 @@ def fit(model: nn.Module, x: Tensor, y: Tensor, steps: int, optimizer: torch.opt
     return loss.item()
 
 
-@pytest.mark.parametrize("sides", ["both", "left"])
-@pytest.mark.parametrize("refresh", [None, 7])
-def test_a_convolutional_net_learns_saves_and_comes_back(sides: str, refresh: int | None) -> None:
+@pytest.mark.parametrize(
+    ("sides", "basis", "refresh"),
+    [
+        ("both", "random", None),
+        ("both", "random", 7),
+        ("both", "power", 7),
+        ("left", "random", None),
+        ("left", "random", 7),
+    ],
+)
+def test_a_convolutional_net_learns_saves_and_comes_back(sides: str, basis: str, refresh: int | None) -> None:
     model, x, y = net_and_data()
     original = copy.deepcopy(model)
     weights = dict(model.named_parameters())
-    converted(model, rank=2, sides=sides, refresh=refresh)
+    converted(model, rank=2, sides=sides, basis=basis, refresh=refresh)
     assert type(model.depthwise) is nn.Conv2d
     first = fit(model, x, y, 1)
     assert fit(model, x, y, 40) < 0.8 * first

@@ -151,24 +151,25 @@ def test_sparse_gradients_suit_sparse_optimizers() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_sparse_and_dense_gradients_train_alike() -> None:
+@pytest.mark.parametrize(("basis", "momentum"), [("random", 0.0), ("random", 0.9), ("power", 0.0), ("power", 0.9)])
+def test_sparse_and_dense_gradients_train_alike(basis: str, momentum: float) -> None:
     """Under SGD a row that was not looked up stays either way."""
     weights = []
     for sparse in (False, True):
         model, tokens, targets = bag(sparse=sparse)
-        converted(model, rank=6)
-        fit(model, tokens, targets, torch.optim.SGD(model.parameters(), lr=3.0), 5)
+        converted(model, rank=6, basis=basis, refresh=2)
+        fit(model, tokens, targets, torch.optim.SGD(model.parameters(), lr=0.3, momentum=momentum), 5)
         weights.append(memfit.restore_(model)[0].weight)
     torch.testing.assert_close(weights[0], weights[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("refresh", [None, 9])
-def test_a_table_learns_saves_and_comes_back(dtype: torch.dtype, refresh: int | None) -> None:
+@pytest.mark.parametrize(("basis", "refresh"), [("random", None), ("random", 9), ("power", 9)])
+def test_a_table_learns_saves_and_comes_back(dtype: torch.dtype, basis: str, refresh: int | None) -> None:
     model, tokens, targets = bag(padding_idx=0)
     original = copy.deepcopy(model.to(dtype))
     weight = model[0].weight
-    converted(model, rank=6, refresh=refresh)
+    converted(model, rank=6, basis=basis, refresh=refresh)
     assert model[0].matrix("weight").left.dtype == torch.float32
     losses = fit(model, tokens, targets, torch.optim.Adam(model.parameters(), lr=0.1), 60)
     assert losses[-1] < 0.5 * losses[0]

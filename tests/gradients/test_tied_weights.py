@@ -71,11 +71,12 @@ def test_both_owners_give_to_one_pair_of_factors(tokens: Tensor, padding: int | 
     torch.testing.assert_close(model.body.bias.grad, dense.body.bias.grad)
 
 
-def test_the_factors_are_listed_once_and_the_weight_stays_one(tokens: Tensor) -> None:
+@pytest.mark.parametrize("basis", ["random", "power"])
+def test_the_factors_are_listed_once_and_the_weight_stays_one(tokens: Tensor, basis: str) -> None:
     model = LanguageModel()
     weight = model.embed.weight
     original = copy.deepcopy(model)
-    converted(model, refresh=4)
+    converted(model, basis=basis, refresh=4)
     assert len(list(model.parameters())) == 3 + 3 + 1  # of the table, of the body, and the body's bias
     before = train(model, tokens, 1)
     assert train(model, tokens, 40) < 0.8 * before

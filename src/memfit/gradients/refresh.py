@@ -79,8 +79,14 @@ def move_moments(factor: nn.Parameter, coordinates: Tensor) -> None:
         reset_moments(factor)
         return
     for name in moments:
-        moved = coordinates if name in _LINEAR else coordinates.square()
-        state[name].copy_(state[name] @ moved.to(state[name].dtype))
+        moment = state[name]
+        moved = (coordinates if name in _LINEAR else coordinates.square()).to(moment.dtype)
+        if moment.is_sparse:  # of an embedding with sparse gradients
+            moment = moment.coalesce()
+            values = moment.values() @ moved
+            state[name] = torch.sparse_coo_tensor(moment.indices(), values, moment.shape, check_invariants=False)
+        else:
+            moment.copy_(moment @ moved)
 
 
 def reset_moments(factor: nn.Parameter) -> None:
