@@ -20,17 +20,17 @@ def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
     return any(is_sharded(tensor) for tensor in tensors)
 
 
-def copy_full_(target: Tensor, full: Tensor) -> None:
-    """``target.copy_(full)``, where target may be a DTensor and every process has all of ``full``.
+def replicated(whole: Tensor, like: Tensor) -> Tensor:
+    """A tensor that all processes have, so that it can meet ``like`` in an operator: as a DTensor where that is one.
 
     Needs no communication, and no autograd: call it under ``torch.no_grad()``.
     """
-    if is_sharded(target):
-        from torch.distributed.tensor import DTensor, Replicate
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
 
-        mesh = target.device_mesh  # type: ignore[attr-defined]
-        full = DTensor.from_local(full.to(target.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    target.copy_(full)
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(whole.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def full(tensor: Tensor) -> Tensor:

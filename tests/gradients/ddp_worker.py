@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "both, refresh": ("linear", {"refresh": 2}, {}, 1),
     "both, refresh, micro-batches": ("linear", {"refresh": 2}, {}, 2),
     "both, refresh, in the buckets": ("linear", {"refresh": 2}, {"gradient_as_bucket_view": True}, 1),
+    "both, power, micro-batches": ("linear", {"refresh": 2, "basis": "power"}, {}, 2),
     "left": ("linear", {"sides": "left"}, {}, 1),
     "left, refresh, micro-batches": ("linear", {"sides": "left", "refresh": 2}, {}, 2),
     "lstm, refresh": ("lstm", {"refresh": 2}, {"static_graph": True}, 1),

@@ -13,6 +13,7 @@ RUNS = [
     "both, refresh",
     "both, refresh, micro-batches",
     "both, refresh, in the buckets",
+    "both, power, micro-batches",
     "left",
     "left, refresh, micro-batches",
     "lstm, refresh",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from memfit.gradients import refresh
 from memfit.gradients.basis import moved_coordinates, power_basis, random_basis
 from memfit.gradients.low_rank_product import low_rank_linear
-from memfit.sharding import copy_full_, full, is_sharded
+from memfit.sharding import full, is_sharded, replicated
 
 if TYPE_CHECKING:
     from memfit.gradients.low_rank import LowRankGradient
@@ -74,7 +74,8 @@ class LowRankMatrix(nn.Module):
         """Fill V from the seed and the number of steps taken, the same on every device and after every resume."""
         generator = torch.Generator("cpu").manual_seed(self.seed + self.steps)
         if not self.right.is_meta:
-            copy_full_(self.right, random_basis(self.right.shape[0], self.right.shape[1], generator))
+            basis = random_basis(self.right.shape[0], self.right.shape[1], generator)
+            self.right.copy_(replicated(basis, self.right))
 
     def effective(self) -> Tensor:
         """The weight in force, of the base's shape and dtype; differentiable in the factors."""
@@ -124,7 +125,7 @@ class LowRankMatrix(nn.Module):
         else:
             after = power_basis(full(direction).to(self.right.dtype))
             change = moved_coordinates(full(self.right), after)
-            copy_full_(self.right, after)
+            self.right.copy_(replicated(after, self.right))
             refresh.move_moments(self.left, change)
         if self.right.requires_grad:
             refresh.reset_moments(self.right)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memfit.sharding import replicated
+
 if TYPE_CHECKING:
     from memfit.gradients.low_rank_matrix import LowRankMatrix
 
@@ -86,7 +88,7 @@ def move_moments(factor: nn.Parameter, coordinates: Tensor) -> None:
             values = moment.values() @ moved
             state[name] = torch.sparse_coo_tensor(moment.indices(), values, moment.shape, check_invariants=False)
         else:
-            moment.copy_(moment @ moved)
+            moment.copy_(moment @ replicated(moved, moment))
 
 
 def reset_moments(factor: nn.Parameter) -> None:
