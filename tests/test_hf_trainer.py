@@ -16,7 +16,8 @@ import memfit
 transformers = pytest.importorskip("transformers", reason='needs pip install "memfit[hf]"')
 pytest.importorskip("accelerate", reason='needs pip install "memfit[hf]"')
 
-TECHNIQUE = memfit.LowRankGradient(rank=4, refresh=3)
+RANDOM = memfit.LowRankGradient(rank=4, refresh=3)
+POWER = memfit.LowRankGradient(rank=4, refresh=3, basis="power")
 STEPS, SAVED = 8, 4
 
 
@@ -42,7 +43,9 @@ def build(kind: str = "llama") -> Any:
 
 
 def converted(kind: str = "llama") -> Any:
-    return memfit.convert_(build(kind), TECHNIQUE, where="model.layers.*" if kind == "llama" else "*")
+    if kind == "llama":
+        return memfit.convert_(build(kind), RANDOM, where="model.layers.*")
+    return memfit.convert_(build(kind), POWER if kind == "tied llama" else RANDOM)
 
 
 def trainer(model: nn.Module, folder: Path, **settings: Any) -> Any:
