@@ -23,6 +23,7 @@ from memfit.gradients.low_rank_conv import (
     LowRankConvTranspose3d,
 )
 from memfit.gradients.low_rank_embedding import LowRankEmbedding
+from memfit.gradients.low_rank_gru import LowRankGRU
 from memfit.gradients.low_rank_layer import LowRankLinear
 from memfit.gradients.low_rank_lstm import LowRankLSTM
 
@@ -77,6 +78,7 @@ class LowRankGradient(Technique):
         nn.ConvTranspose3d: LowRankConvTranspose3d,
         nn.Embedding: LowRankEmbedding,
         nn.LSTM: LowRankLSTM,
+        nn.GRU: LowRankGRU,
     }
 
     late_layers: ClassVar[Mapping[str, str]] = {

@@ -239,7 +239,7 @@ class Recurrence(torch.autograd.Function):
         direction = (ctx.batch_sizes, ctx.reverse)
         right_trains, right_r_trains = ctx.needs_input_grad[5], ctx.needs_input_grad[8]
         if len(kept) == 1:
-            d = kept[0].clone() if _graph_is_kept() else kept[0]
+            d = kept[0].clone() if graph_is_kept() else kept[0]
         else:
             d = _rematerialize(kept[0], InputProduct(*kept[1:]), h0, (base, left, right), direction)
         d_projected = project = None
@@ -347,7 +347,7 @@ def _backward_block(
     return d_h
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the running backward was asked to retain its graph, so that saved tensors must stay as they are."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if asked is None else bool(asked())
