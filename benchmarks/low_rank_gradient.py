@@ -58,6 +58,7 @@ class Training:
     def __init__(self, workload: Workload, method: str, rank: int, small: bool = False) -> None:
         torch.manual_seed(0)
         self.task: Task = workload.make(small)
+        self.parameters = sum(parameter.numel() for parameter in self.task.model.parameters())
         setting = Setting(TINY_RANK if small else rank, workload.lr, workload.layers, workload.inner)
         built: tuple[nn.Module, Optimizer] = METHODS[method].build(self.task.model, setting)
         self.model, self.optimizer = built
@@ -94,13 +95,12 @@ def in_this_process(options: argparse.Namespace, report: TextIO) -> Row:
         return {"ledger": book.peak.to_dict(), "instant": book.to_dict()["instant"]}
     with process_peak() as process:
         training = Training(workload, method, options.rank)
-        parameters = sum(parameter.numel() for parameter in training.task.model.parameters())
         seconds = [training.step() for _ in range(1 if options.in_turn else STEPS)]
     if options.in_turn:
         print(json.dumps(seconds), file=report, flush=True)
         for _ in sys.stdin:  # one line for each turn
             print(json.dumps(training.step()), file=report, flush=True)
-    return {"growth": process.growth, "seconds": seconds, "parameters": parameters}
+    return {"growth": process.growth, "seconds": seconds, "parameters": training.parameters}
 
 
 # -- in the process that asks --------------------------------------------------------------------------------------
