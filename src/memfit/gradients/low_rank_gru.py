@@ -5,18 +5,11 @@ The input's share of the gates is one product over all steps; the rest is the re
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memfit.gradients.gru_recurrence import GRURecurrence
 from memfit.gradients.low_rank_rnn import LowRankRNN, States, factors
-from memfit.gradients.lstm_recurrence import InputProduct
-
-if TYPE_CHECKING:
-    from memfit.gradients.low_rank import LowRankGradient
 
 
 class LowRankGRU(LowRankRNN, nn.GRU):  # type: ignore[misc]  # overloads of forward by the kind of input
@@ -36,11 +29,7 @@ class LowRankGRU(LowRankRNN, nn.GRU):  # type: ignore[misc]  # overloads of forw
             hidden_bias = getattr(self, "bias_hh" + suffix)
             early, inner_bias = hidden_bias.split((2 * self.hidden_size, self.hidden_size))
             bias = getattr(self, "bias_ih" + suffix) + F.pad(early, (0, self.hidden_size))
-        gates = self.matrix("weight_ih" + suffix).linear(rows, bias)
-        remake = None
-        if cast("LowRankGradient", self.technique).rematerialize and torch.is_grad_enabled():
-            base, left, right = factors(self.matrix("weight_ih" + suffix))
-            remake = InputProduct(rows.detach(), base, None if bias is None else bias.detach(), left, right)
+        gates, remake = self._input_share(rows, suffix, bias)
         recurrent = factors(self.matrix("weight_hh" + suffix))
         reverse = suffix.endswith("_reverse")
         return GRURecurrence.apply(gates, states[0], *recurrent, inner_bias, batch_sizes, reverse, remake)

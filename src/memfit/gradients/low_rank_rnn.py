@@ -7,7 +7,7 @@ sequences. A subclass computes one layer and direction, in :meth:`LowRankRNN._ru
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from torch.nn.utils.rnn import PackedSequence
 from memfit.convert import Technique
 from memfit.gradients.low_rank_layer import LowRankLayer
 from memfit.gradients.low_rank_matrix import LowRankMatrix
+from memfit.gradients.lstm_recurrence import InputProduct
+
+if TYPE_CHECKING:
+    from memfit.gradients.low_rank import LowRankGradient
 
 States = tuple[Tensor, ...]
 
@@ -117,6 +121,15 @@ class LowRankRNN(LowRankLayer, nn.RNNBase):
                 last.append(tuple(end))
             rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return rows, tuple(torch.stack(ends) for ends in zip(*last, strict=True))
+
+    def _input_share(self, rows: Tensor, suffix: str, bias: Tensor | None) -> tuple[Tensor, InputProduct | None]:
+        """The input's share of all steps' gates, and what to compute it from anew, if the technique asks for that."""
+        matrix = self.matrix("weight_ih" + suffix)
+        gates = matrix.linear(rows, bias)
+        if not (cast("LowRankGradient", self.technique).rematerialize and torch.is_grad_enabled()):
+            return gates, None
+        base, left, right = factors(matrix)
+        return gates, InputProduct(rows.detach(), base, None if bias is None else bias.detach(), left, right)
 
     def _initial(self, hx: States | None, batch: int, like: Tensor) -> States:
         """The initial states in the weights' dtype; zeros where none were given."""
