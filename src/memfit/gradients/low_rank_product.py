@@ -60,7 +60,7 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0] or rows is not None:
             d_narrow = d @ left
             if ctx.needs_input_grad[0]:
-                d_rows = torch.addmm(d @ base, d_narrow, right)
+                d_rows = (d @ base).addmm_(d_narrow, right)
             if rows is not None:
                 d_right = d_narrow.t() @ rows
         if ctx.has_bias:
