@@ -15,11 +15,15 @@ Where = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 class Choice(NamedTuple):
-    """A layer to convert, the class that takes its class's place, and whether the user meant this very layer."""
+    """A layer to convert, the class that takes its class's place, and whether the user meant this very layer.
+
+    ``whole`` is the name of the layer that it is a part of, else its own.
+    """
 
     layer: nn.Module
     kind: type[ConvertedLayer]
     explicit: bool
+    whole: str
 
 
 class Owner(NamedTuple):
@@ -38,6 +42,7 @@ def choose(model: nn.Module, technique: Technique, where: Where) -> tuple[dict[s
     patterns = [where] if isinstance(where, str) else where
     chosen: dict[str, Choice] = {}
     passed: dict[str, str] = {}  # layers that the technique knows, left out, and why
+    wholes: dict[int, str] = {}  # modules that are a part of another layer, and that layer's name
     inside: tuple[str, ...] = ()  # prefixes of converted layers, whose own submodules are not layers of the user's
     for name, module in model.named_modules():
         if isinstance(module, ConvertedLayer):
@@ -49,16 +54,25 @@ def choose(model: nn.Module, technique: Technique, where: Where) -> tuple[dict[s
         else:
             explicit = name in patterns
             wanted = explicit or any(fnmatchcase(name, pattern) for pattern in patterns)
-        if not wanted:
+        kind = technique.converter(type(module))
+        parts = {} if kind is None else kind.parts(module)
+        for part in parts:
+            wholes.setdefault(id(module.get_submodule(part)), name)
+        if not wanted or name in chosen:
             continue
         if isinstance(module, ConvertedLayer):
             raise ConversionError(
                 f"{label(name)} is converted already, by {module.technique}: call memfit.restore_ first."
             )
-        kind = technique.converter(type(module))
         reason = _unsupported(module, kind, technique)
+        if id(module) in wholes:
+            reason = f"is a part of {label(wholes[id(module)])} and converted together with it: choose that one"
         if kind is not None and reason is None:
-            chosen[name] = Choice(module, kind, explicit)
+            chosen[name] = Choice(module, kind, explicit, name)
+            for part, part_kind in parts.items():
+                child = module.get_submodule(part)
+                if wholes[id(child)] == name:  # else two layers have it in common
+                    chosen[f"{name}.{part}" if name else part] = Choice(child, part_kind, explicit, name)
         elif explicit:
             raise ConversionError(f"{label(name)} {reason}.")
         elif kind is not None and reason is not None:
@@ -89,7 +103,11 @@ def _unsupported(module: nn.Module, kind: type[ConvertedLayer] | None, technique
         return "keeps its weight elsewhere (a parametrization or weight norm?): remove that first"
     if not all(weight.requires_grad for weight in weights if weight is not None):
         return "is frozen (requires_grad=False): there is no gradient to shrink"
-    return kind.unsupported(module, technique)
+    reason = kind.unsupported(module, technique)
+    for part, part_kind in kind.parts(module).items():
+        if reason is None and (flaw := _unsupported(module.get_submodule(part), part_kind, technique)):
+            reason = f"has a part '{part}' that {flaw}"
+    return reason
 
 
 def _tie(model: nn.Module, chosen: dict[str, Choice], passed: dict[str, str]) -> list[list[Owner]]:
@@ -121,8 +139,11 @@ def _tie(model: nn.Module, chosen: dict[str, Choice], passed: dict[str, str]) ->
                     else ", which store it the other way round: leave it out of where"
                 )
         for name, reason in out.items():
-            if chosen.pop(name).explicit:
+            if chosen[name].explicit:
                 raise ConversionError(f"{label(name)} {reason}.")
+        wholes = {chosen[name].whole for name in out}
+        for name in [name for name, choice in chosen.items() if choice.whole in wholes]:
+            del chosen[name]
         passed.update(out)
         if not out:  # else a layer that was left out may share another of its weights
             return ties

@@ -49,12 +49,12 @@ def convert_(model: nn.Module, technique: Technique, where: Where = "*") -> nn.M
                 "shards the factors too."
             )
     chosen, ties = choose(model, technique, where)
-    obstacles = {name: kind.obstacle(layer, technique) for name, (layer, kind, _) in chosen.items()}
+    obstacles = {name: choice.kind.obstacle(choice.layer, technique) for name, choice in chosen.items()}
     if any(obstacles.values()):
         reasons = "; ".join(f"{label(name)} {reason}" for name, reason in obstacles.items() if reason)
         raise ConversionError(f"{technique} cannot convert these layers: {reasons}.")
-    for name, (layer, kind, _) in chosen.items():
-        kind.convert_(layer, technique, name)
+    for name, choice in chosen.items():
+        choice.kind.convert_(choice.layer, technique, name)
     for first, *others in ties:
         for owner in others:
             owner.module.tie_(owner.attribute, first.module, first.attribute)  # type: ignore[operator]

@@ -54,6 +54,14 @@ class ConvertedLayer(nn.Module):
         return None
 
     @classmethod
+    def parts(cls, layer: nn.Module) -> dict[str, type[ConvertedLayer]]:
+        """Child modules that are one layer with this one, by name, and the classes that take their classes' place.
+
+        They are converted whenever this layer is, and never without it.
+        """
+        return {}
+
+    @classmethod
     @abstractmethod
     def obstacle(cls, layer: nn.Module, technique: Technique) -> str | None:
         """Why this layer cannot be converted, as the end of a sentence, or None."""

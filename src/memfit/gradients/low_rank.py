@@ -14,6 +14,7 @@ from torch import nn
 
 from memfit.convert import ConvertedLayer, Technique
 from memfit.errors import ConversionError
+from memfit.gradients.low_rank_attention import LowRankMultiheadAttention
 from memfit.gradients.low_rank_conv import (
     LowRankConv1d,
     LowRankConv2d,
@@ -79,6 +80,7 @@ class LowRankGradient(Technique):
         nn.Embedding: LowRankEmbedding,
         nn.LSTM: LowRankLSTM,
         nn.GRU: LowRankGRU,
+        nn.MultiheadAttention: LowRankMultiheadAttention,
     }
 
     late_layers: ClassVar[Mapping[str, str]] = {
