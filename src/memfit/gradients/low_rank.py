@@ -49,8 +49,8 @@ class LowRankGradient(Technique):
             not bound to one basis. With a random basis the optimizer's moments of the factors are reset. None: never,
             and every 20 steps with a power basis.
         seed: of the bases, together with the layer's name.
-        rematerialize: of an LSTM, keep the outputs in place of the gates, a quarter of the size, and compute the gates
-            anew in backward, with one more product per matrix.
+        rematerialize: of an LSTM or GRU, keep the outputs in place of the gates, a quarter or third of the size, and
+            compute the gates anew in backward, with one more product per matrix.
 
     Raises:
         ConversionError: a value that is out of range.
