@@ -148,7 +148,7 @@ def largest(method: str, rank: int, budget: int) -> Figures:
         "attempts": attempts,
         **figures,
     }
-    if trains and not METHODS[method].compiles:
+    if trains and not METHODS[method].opaque:
         row |= run(Attempt(method, trains, rank, budget), "--ledger") or {}
     return row
 

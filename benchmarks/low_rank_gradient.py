@@ -3,7 +3,8 @@
 Same model, same batch, same rank for all. Memory: each method trains three steps in a fresh process, and the figure is
 the growth of the process's peak resident memory from after the imports and two steps of a tiny net of the same kind
 (which load the libraries' code) to their end; once with the C library's allocator as it is, and once after
-`memfit.release_freed_memory()`, which `memfit.fit` calls. From a process of its own, the ledger's lines.
+`memfit.release_freed_memory()`, which `memfit.fit` calls. From a process of its own, the ledger's lines, of the methods
+whose step it can see into.
 
 Time: one process per method, which waits for its turn: the first step of each, then one step of each in turn, so that
 what else the machine does hits all alike; medians, and medians of the ratios round by round. Twice, as for memory. All
@@ -181,7 +182,7 @@ class Turns:
 def memory(asked: Asked, method: str) -> Row:
     """A method's memory, each figure from a process of its own; the first steps' seconds come along."""
     as_is, released = fresh_process(asked, method), fresh_process(asked, method, "--release")
-    lines = {} if METHODS[method].compiles else fresh_process(asked, method, "--ledger")
+    lines = {} if METHODS[method].opaque else fresh_process(asked, method, "--ledger")
     for figures in (as_is, released, lines):
         if "cannot" in figures:
             return {"cannot": figures["cannot"]}

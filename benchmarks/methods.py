@@ -86,7 +86,8 @@ class Method:
         make: model and setting -> what trains, and its optimizer.
         package: the distribution that it comes from; empty for torch and memfit.
         not_counted: why it is shown and not counted among the peers to beat, those that train all weights in any loop.
-        compiles: whether it compiles its step, which needs a C++ compiler and which the ledger does not see into.
+        compiles: whether it compiles its step, which needs a C++ compiler.
+        opaque: whether its step runs in compiled code or in one large operator: the ledger does not see inside.
     """
 
     title: str
@@ -94,6 +95,7 @@ class Method:
     package: str = ""
     not_counted: str = ""
     compiles: bool = False
+    opaque: bool = False
 
     @property
     def is_counted_peer(self) -> bool:
@@ -201,14 +203,14 @@ METHODS: dict[str, Method] = {
     "galore-inner": Method("GaLore AdamW, inner", partial(projected, "galore", inner=True), "galore-torch"),
     "apollo": Method("APOLLO AdamW", partial(projected, "apollo"), "apollo-torch"),
     "apollo-inner": Method("APOLLO AdamW, inner", partial(projected, "apollo", inner=True), "apollo-torch"),
-    "adam8bit": Method("Adam8bit, bitsandbytes", eight_bit, "bitsandbytes"),
-    "adamw8bit": Method("AdamW8bit, torchao", eight_bit_torchao, "torchao", compiles=True),
+    "adam8bit": Method("Adam8bit, bitsandbytes", eight_bit, "bitsandbytes", opaque=True),
+    "adamw8bit": Method("AdamW8bit, torchao", eight_bit_torchao, "torchao", compiles=True, opaque=True),
     "lora": Method("LoRA, peft", lora, "peft", "does not train all weights"),
     "galore-per-layer": Method(
         "GaLore AdamW, per layer", partial(projected, "galore", per_layer=True), "galore-torch", _IN_BACKWARD
     ),
     "adam8bit-per-layer": Method(
-        "Adam8bit, per layer", partial(eight_bit, per_layer=True), "bitsandbytes", _IN_BACKWARD
+        "Adam8bit, per layer", partial(eight_bit, per_layer=True), "bitsandbytes", _IN_BACKWARD, opaque=True
     ),
     "low-rank": Method("low-rank AdamW", partial(low_rank, "both")),
     "low-rank-left": Method("low-rank AdamW, left", partial(low_rank, "left")),
