@@ -43,8 +43,9 @@ class LowRankGradient(Technique):
         sides: ``"both"`` trains U and V. ``"left"`` trains U alone and keeps V fixed: the layer then saves N x r
             numbers for its weight gradient in place of its N x n input.
         basis: how V is chosen. ``"random"``: Gaussian. ``"power"``: Gaussian at first, and at each refresh the row
-            space of V's own gradient, made orthogonal, which leans towards the gradient's leading singular vectors; the
-            moments of U move to the new basis, those of V start anew. It needs V's gradient: ``sides="both"``.
+            space of V's own gradient, made orthogonal, which leans towards the gradient's leading singular vectors. The
+            optimizer then moves U alone, keeps nothing for V, and its moments of U move to the new basis. It needs V's
+            gradient, and so ``sides="both"``.
         refresh: every so many optimizer steps merge U V into the weight and change V, so that the sum of the updates is
             not bound to one basis. With a random basis the optimizer's moments of the factors are reset. None: never,
             and every 20 steps with a power basis.

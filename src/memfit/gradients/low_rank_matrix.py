@@ -58,6 +58,7 @@ class LowRankMatrix(nn.Module):
         rows, columns = matrix_shape(base, transposed)
         self.refresh = technique.refresh
         self.basis = technique.basis
+        self._seen: Tensor | None = None  # V's gradient, between the two calls around an optimizer's step
         self.seed = zlib.crc32(f"{technique.seed}/{name}".encode())
         self.steps = 0
         base.requires_grad_(False)
@@ -107,6 +108,15 @@ class LowRankMatrix(nn.Module):
             base.copy_(self.effective())
         self.left.zero_()
 
+    def before_step(self) -> None:
+        """Keep the gradient of a power basis V from the optimizer: it tells where V goes at the next refresh.
+
+        V would learn no better by it (docs/bases.md), and the optimizer makes no state for what has no gradient.
+        """
+        if self.basis == "power" and self.right.grad is not None:
+            self._seen = self.right.grad if self._refreshes_after(self.steps + 1) else None
+            self.right.grad = None
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Count a step of the optimizer that holds U; when it is time, merge and change the basis.
@@ -115,20 +125,25 @@ class LowRankMatrix(nn.Module):
         the factors were new parameters. With a power basis the two have much in common, and U's moments are moved.
         """
         self.steps += 1
-        if self.refresh is None or self.steps % self.refresh:
+        seen, self._seen = self._seen, None
+        if not self._refreshes_after(self.steps):
             return
-        direction = refresh.momentum(self.right) if self.basis == "power" else None
+        if seen is None:
+            seen = self.right.grad  # of an optimizer that has not stepped yet, or steps through a closure
         self.merge_()
-        if direction is None:
-            self._draw()
-            refresh.reset_moments(self.left)
-        else:
-            after = power_basis(full(direction).to(self.right.dtype))
+        if self.basis == "power" and seen is not None and seen.any() and seen.isfinite().all():
+            after = power_basis(full(seen).to(self.right.dtype))
             change = moved_coordinates(full(self.right), after)
             self.right.copy_(replicated(after, self.right))
             refresh.move_moments(self.left, change)
+        else:
+            self._draw()
+            refresh.reset_moments(self.left)
         if self.right.requires_grad:
             refresh.reset_moments(self.right)
+
+    def _refreshes_after(self, steps: int) -> bool:
+        return self.refresh is not None and steps % self.refresh == 0
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)

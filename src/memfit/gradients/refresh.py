@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from memfit.sharding import replicated
@@ -27,8 +27,19 @@ _optimizers = WeakIdKeyDictionary()  # factor -> a weak reference to the optimiz
 
 
 def watch(matrix: LowRankMatrix) -> None:
-    """From now on call ``matrix.after_step`` after each step of the optimizer that holds its left factor."""
+    """From now on call ``matrix.before_step`` and ``after_step`` around the steps of the optimizers of its factors.
+
+    The one before each step of the optimizer that holds the right factor, the other after the left factor's.
+    """
     _refreshing.add(matrix)
+
+
+def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _refreshing:
+        matrices = {id(matrix.right): matrix for matrix in _refreshing}
+        for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+            if id(parameter) in matrices:
+                matrices[id(parameter)].before_step()
 
 
 def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -45,25 +56,13 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             matrices[id(factor)].after_step()
 
 
+register_optimizer_step_pre_hook(_before_any_step)
 register_optimizer_step_post_hook(_after_any_step)
 
 
 def _optimizer_of(factor: nn.Parameter) -> Optimizer | None:
     reference = _optimizers.get(factor)
     return None if reference is None else reference()
-
-
-def momentum(factor: nn.Parameter) -> Tensor | None:
-    """The optimizer's running mean of a factor's gradient, or where it keeps none, the last gradient.
-
-    None where there is nothing to see: no gradient yet, all zeros, or numbers that are not finite.
-    """
-    optimizer = _optimizer_of(factor)
-    state = optimizer.state.get(factor, {}) if optimizer is not None else {}
-    found = next((state[name] for name in sorted(_LINEAR) if isinstance(state.get(name), Tensor)), factor.grad)
-    if found is None or not torch.isfinite(found).all() or not found.any():
-        return None
-    return found
 
 
 def move_moments(factor: nn.Parameter, coordinates: Tensor) -> None:
