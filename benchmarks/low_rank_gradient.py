@@ -201,7 +201,9 @@ def measure(asked: Asked, methods: list[str], rounds: int) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for method in methods:
         rows[method] = {"title": METHODS[method].title, **memory(asked, method)}
-        print(f"{asked.workload}, {METHODS[method].title}: memory measured", file=sys.stderr)
+        growth = rows[method].get("growth")
+        said = rows[method]["cannot"] if growth is None else f"the peak grows by {format_bytes(growth)}"
+        print(f"{asked.workload}, {METHODS[method].title}: {said}", file=sys.stderr)
     able = [method for method in methods if "cannot" not in rows[method]]
     for suffix, flags in (("", ()), ("_released", ("--release",))):
         turns = Turns(asked, able, *flags)
