@@ -27,6 +27,7 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/low_rank_gradient.py
 	$(BIN)/python benchmarks/largest_model.py
 	$(BIN)/python benchmarks/language_model.py --text $${MEMFIT_DATA:-../shared/data}/tinyshakespeare.txt
+	$(BIN)/python benchmarks/bases.py --text $${MEMFIT_DATA:-../shared/data}/tinyshakespeare.txt
 	$(BIN)/python benchmarks/lstm_recognizer.py
 	$(BIN)/python benchmarks/personalization.py --recordings $${MEMFIT_DATA:-../shared/data}/fsdd
 	$(BIN)/python benchmarks/ledger_vs_process.py

@@ -38,7 +38,7 @@ from memfit.speech.watch import Watch
 Method = Literal["low-rank", "sgd", "momentum", "adam"]
 
 # The learning rate of each method when none is given.
-LEARNING_RATES: dict[Method, float] = {"low-rank": 3e-3, "sgd": 3e-2, "momentum": 1e-2, "adam": 1e-3}
+LEARNING_RATES: dict[Method, float] = {"low-rank": 1e-3, "sgd": 3e-2, "momentum": 1e-2, "adam": 1e-3}
 
 _WARMUP_SHARE = 0.1
 MAX_GRAD_NORM = 5.0
