@@ -16,7 +16,9 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,28 +79,34 @@ class Factors:
     Args:
         weight: W.
         refresh: merge and change V every so many steps; 0 for never.
-        probe: what turns V at a refresh: ``None`` a new Gaussian; ``"last"`` V's gradient of that step, U^T G;
-            ``"mean"`` its running mean; ``"dU"`` Q^T G with Q the orthogonalized gradient of U, a whole power iteration
-            on one gradient.
+        probe: what turns V at a refresh: ``None`` a new Gaussian; else Q^T G, with Q an orthogonal basis of ``"U"``; of
+            ``"dU"``, U's gradient; of ``"dU before"``, that of the step before; or of ``"moment"``, Adam's mean of it
+            up to the step before. ``"mean"``: the running mean of V's gradients U^T G.
+        window: of how many steps' gradients the sum is taken in Q^T G.
+        singular: the rows of V are its singular vectors, rather than any orthogonal basis of the rows' space.
         train_right: V is trained by Adam too.
-        carry: U's moments move to the new basis rather than start anew.
+        moments: U's moments at a refresh: ``"moved"`` as `memfit.gradients.refresh` says; ``"filled"``, as moved, and
+            what the old basis has not seen of a new row gets the mean square of the old; ``"reset"``.
     """
 
     def __init__(
         self,
         weight: Tensor,
-        refresh: int = 20,
-        probe: str | None = "last",
+        refresh: int = 15,
+        probe: str | None = "dU before",
+        window: int = 1,
+        singular: bool = True,
         train_right: bool = False,
-        carry: bool = True,
+        moments: str = "moved",
     ) -> None:
-        self.refresh, self.probe, self.train_right, self.carry = refresh, probe, train_right, carry
+        self.refresh, self.probe, self.window, self.singular = refresh, probe, window, singular
+        self.train_right, self.moments = train_right, moments
         self.left = weight.new_zeros(weight.shape[0], RANK)
         self.right = self.gaussian(weight)
         if probe:
-            self.right = power_basis(self.right)
+            self.right = spanning_basis(self.right)
         self.adams = Adam(self.left), Adam(self.right)
-        self.mean, self.steps = torch.zeros_like(self.right), 0
+        self.direction, self.d_left, self.steps = torch.zeros_like(self.right), self.left, 0
 
     @staticmethod
     def gaussian(weight: Tensor) -> Tensor:
@@ -107,46 +115,76 @@ class Factors:
     def step(self, weight: Tensor, gradient: Tensor, lr: float) -> None:
         before = self.left @ self.right
         d_left, d_right = gradient @ self.right.t(), self.left.t() @ gradient
+        self.look(gradient, d_left, d_right)
         self.steps += 1
-        self.mean.mul_(0.9).add_(d_right)
         if self.train_right:
             self.right = self.right - lr * self.adams[1](d_right)
         self.left = self.left - lr * self.adams[0](d_left)
         weight.add_(self.left @ self.right - before)
         if self.refresh and self.steps % self.refresh == 0:
-            whole = torch.linalg.qr(d_left).Q.t() @ gradient
-            self.turn(weight, {"last": d_right, "mean": self.mean, "dU": whole}.get(self.probe or ""))
+            self.turn(weight)
 
-    def turn(self, weight: Tensor, direction: Tensor | None) -> None:
-        after = self.gaussian(weight) if direction is None else power_basis(direction)
-        if self.carry:
-            change = moved_coordinates(self.right, after)
-            self.adams[0].mean, self.adams[0].square = (
-                self.adams[0].mean @ change,
-                self.adams[0].square @ change.square(),
-            )
+    def look(self, gradient: Tensor, d_left: Tensor, d_right: Tensor) -> None:
+        """Gather what the next V is made from."""
+        probes = {"U": self.left, "dU": d_left, "dU before": self.d_left, "moment": self.adams[0].mean}
+        to_go = self.refresh - self.steps % self.refresh if self.refresh else 0
+        if self.probe == "mean":
+            self.direction.mul_(0.9).add_(d_right)
+        elif self.probe and to_go == self.window:
+            self.span = torch.linalg.qr(probes[self.probe]).Q
+            self.direction = self.span.t() @ gradient
+        elif self.probe and 0 < to_go < self.window:
+            self.direction = self.direction + self.span.t() @ gradient
+        self.d_left = d_left
+
+    def turn(self, weight: Tensor) -> None:
+        make = power_basis if self.singular else spanning_basis
+        after = make(self.direction) if self.probe else self.gaussian(weight)
+        change, adam = moved_coordinates(self.right, after), self.adams[0]
+        if self.moments == "reset":
+            adam = Adam(self.left)
         else:
-            self.adams = Adam(self.left), self.adams[1]
-        self.adams = self.adams[0], Adam(self.right)
+            seen = change.square()
+            unseen = (1 - seen.sum(0)).clamp(min=0) if self.moments == "filled" else 0
+            adam.mean = adam.mean @ change
+            adam.square = adam.square @ seen + unseen * adam.square.mean(1, keepdim=True)
+        self.adams = adam, Adam(self.right)
         self.left, self.right = torch.zeros_like(self.left), after
-        self.mean.zero_()
+        self.direction = torch.zeros_like(after)
+
+
+def spanning_basis(direction: Tensor) -> Tensor:
+    """An orthogonal basis of the rows' space, of the same scale as `power_basis` has."""
+    rank, columns = direction.shape
+    rows = torch.nn.functional.normalize(direction, dim=1)
+    return torch.linalg.qr(rows.t()).Q.t() * (columns / rank) ** 0.5
 
 
 Rule = Callable[[Tensor], Dense | GaLore | Factors]
+
+
+def factors(**settings: Any) -> tuple[float, Rule]:
+    return 3e-3, partial(Factors, **settings)
+
+
 RULES: dict[str, tuple[float, Rule]] = {
     "dense Adam": (3e-3, Dense),
     "GaLore, every 50": (1e-2, GaLore),
-    "power": (3e-3, Factors),
-    "power, every 10": (3e-3, lambda w: Factors(w, refresh=10)),
-    "power, every 50": (3e-3, lambda w: Factors(w, refresh=50)),
-    "power, mean gradient": (3e-3, lambda w: Factors(w, probe="mean")),
-    "power, from dU": (3e-3, lambda w: Factors(w, probe="dU")),
-    "power, V trained": (3e-3, lambda w: Factors(w, train_right=True)),
-    "power, V trained, mean gradient": (3e-3, lambda w: Factors(w, probe="mean", train_right=True)),
-    "power, moments reset": (3e-3, lambda w: Factors(w, carry=False)),
-    "random, V trained, never": (3e-3, lambda w: Factors(w, refresh=0, probe=None, train_right=True)),
-    "random, V trained, moments reset": (3e-3, lambda w: Factors(w, probe=None, train_right=True, carry=False)),
-    "random, moments reset": (3e-3, lambda w: Factors(w, probe=None, carry=False)),
+    "power": factors(),
+    **{f"power, every {steps}": factors(refresh=steps) for steps in (10, 20, 50)},
+    "power, any basis": factors(singular=False),
+    "power, same step": factors(probe="dU"),
+    "power, same step, any basis": factors(probe="dU", singular=False),
+    "power, from Adam's mean": factors(probe="moment"),
+    "power, from U": factors(probe="U"),
+    "power, sum of 5 gradients": factors(window=5),
+    "power, V trained": factors(train_right=True),
+    "power, moments filled": factors(moments="filled"),
+    "power, moments reset": factors(moments="reset"),
+    "mean gradient of V": factors(probe="mean", singular=False),
+    "mean gradient of V, V trained": factors(probe="mean", singular=False, train_right=True),
+    "random, V trained, never": factors(refresh=0, probe=None, train_right=True),
+    "random, moments reset": factors(probe=None, moments="reset"),
 }
 
 

@@ -8,7 +8,7 @@ all else densely. Validation is on fixed windows of the text's last tenth.
 Goals: low-rank at most GaLore's and APOLLO's loss at equal rank, and within 2 % of dense AdamW's.
 
     python benchmarks/language_model.py --text tinyshakespeare.txt [--methods adamw-fused low-rank galore apollo]
-        [--lrs 5e-4 1.5e-3 5e-3 1.5e-2] [--seeds 0] [--steps 500] [--jobs 2]
+        [--lrs 5e-4 1.5e-3 5e-3 1.5e-2 5e-2] [--seeds 0 1 2] [--steps 500] [--jobs 2]
 
 A method of memfit's takes arguments of `memfit.LowRankGradient` after a colon: `low-rank:basis=power,refresh=100`. Each
 finished run is written at once, and a run that is there already is not run again: a stopped benchmark goes on. To study
@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -258,17 +257,36 @@ def final(run: dict[str, Any]) -> float:
     return math.inf if loss is None else loss
 
 
-def summarize(runs: list[dict[str, Any]], labels: list[str], lrs: list[float]) -> dict[str, dict[str, Any]]:
-    """Each method's mean over the seeds by learning rate, and its best."""
+Runs = dict[tuple[str, float, int], dict[str, Any]]
+"""By method, learning rate and seed."""
+
+
+def on_seed(runs: Runs, label: str, seed: int) -> dict[float, float]:
+    """Learning rate -> final loss, of what has run."""
+    return {lr: final(run) for (method, lr, of), run in sorted(runs.items()) if (method, of) == (label, seed)}
+
+
+def wanted(runs: Runs, label: str, lrs: list[float], seeds: list[int]) -> list[tuple[str, float, int]]:
+    """What a method has to run next; nothing when it is done."""
+    losses = on_seed(runs, label, seeds[0])
+    if not losses:
+        return [(label, lrs[len(lrs) // 2], seeds[0])]
+    best = min(losses, key=losses.__getitem__)
+    place = lrs.index(best)
+    neighbours = [(label, lr, seeds[0]) for lr in lrs[max(0, place - 1) : place + 2] if lr not in losses]
+    return neighbours or [(label, best, seed) for seed in seeds if (label, best, seed) not in runs]
+
+
+def summarize(runs: Runs, labels: list[str], lrs: list[float], seeds: list[int]) -> dict[str, dict[str, Any]]:
+    """Each method's losses on the first seed by learning rate, and over all seeds at the best of them."""
     summary = {}
     for label in labels:
-        by_lr = {
-            lr: statistics.fmean(final(run) for run in runs if (run["method"], run["lr"]) == (label, lr)) for lr in lrs
-        }
+        by_lr = on_seed(runs, label, seeds[0])
         best = min(by_lr, key=by_lr.__getitem__)
-        at_best = [run for run in runs if (run["method"], run["lr"]) == (label, best)]
+        at_best = [runs[label, best, seed] for seed in seeds]
         summary[label] = {
-            "loss": by_lr[best],
+            "loss": statistics.fmean(map(final, at_best)),
+            "losses": [loss if math.isfinite(loss := final(run)) else None for run in at_best],
             "best_lr": best,
             "at_edge_of_grid": len(lrs) > 1 and best in (min(lrs), max(lrs)),
             "loss_by_lr": {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in by_lr.items()},
@@ -281,9 +299,9 @@ def summarize(runs: list[dict[str, Any]], labels: list[str], lrs: list[float]) -
 
 
 def show(summary: dict[str, dict[str, Any]], lrs: list[float]) -> None:
-    print(f"{'validation loss':36}" + "".join(f"{lr:>9g}" for lr in lrs) + f"{'best':>9}{'of dense':>10}{'CPU':>8}")
+    print(f"{'validation loss':36}" + "".join(f"{lr:>9g}" for lr in lrs) + f"{'mean':>9}{'of dense':>10}{'CPU':>8}")
     for label, row in summary.items():
-        losses = [math.nan if loss is None else loss for loss in row["loss_by_lr"].values()]
+        losses = [row["loss_by_lr"].get(f"{lr:g}") or math.nan for lr in lrs]
         print(
             f"{label:36}"
             + "".join(f"{loss:>9.3f}" for loss in losses)
@@ -318,9 +336,11 @@ def draw(summary: dict[str, dict[str, Any]], picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare.txt, or any other plain text")
-    parser.add_argument("--methods", nargs="+", default=[REFERENCE, "low-rank", *PEERS], metavar="METHOD")
-    parser.add_argument("--lrs", nargs="+", type=float, default=[5e-4, 1.5e-3, 5e-3, 1.5e-2], metavar="LR")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument(
+        "--methods", nargs="+", default=[REFERENCE, "low-rank", "low-rank:basis=power", *PEERS], metavar="METHOD"
+    )
+    parser.add_argument("--lrs", nargs="+", type=float, default=[5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2], metavar="LR")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--steps", type=int, default=Options.steps)
     parser.add_argument("--width", type=int, default=Options.width)
     parser.add_argument("--layers", type=int, default=Options.layers)
@@ -331,13 +351,9 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE, help="default docs/images")
     arguments = parser.parse_args()
 
-    points: dict[tuple[str, float, int], Options] = {}
-    for label, lr, seed in product(arguments.methods, arguments.lrs, arguments.seeds):
-        try:
-            method, low_rank = parse_method(label)
-        except argparse.ArgumentTypeError as error:
-            parser.error(str(error))
-        points[label, lr, seed] = Options(
+    def options(label: str, lr: float, seed: int) -> Options:
+        method, low_rank = parse_method(label)
+        return Options(
             text=arguments.text,
             method=method,
             low_rank=low_rank,
@@ -350,27 +366,36 @@ def main() -> None:
             layers=arguments.layers,
             rank=arguments.rank,
         )
-    wanted = net(next(iter(points.values())))
+
+    lrs, seeds = sorted(arguments.lrs), arguments.seeds
+    try:
+        firsts = [options(label, lrs[0], 0) for label in arguments.methods]
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    wanted_net = net(firsts[0])
     arguments.results.parent.mkdir(exist_ok=True)
     written = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"runs": []}
-    done = {(run["method"], run["lr"], run["seed"]) for run in written["runs"] if run["net"] == wanted}
+    runs: Runs = {(run["method"], run["lr"], run["seed"]): run for run in written["runs"] if run["net"] == wanted_net}
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
-        running = [pool.submit(run, point[0], options) for point, options in points.items() if point not in done]
-        for number, finished in enumerate(as_completed(running), start=1):
+        running: dict[Any, str] = {}
+        while True:
+            idle = [label for label in arguments.methods if label not in running.values()]
+            for point in (point for label in idle for point in wanted(runs, label, lrs, seeds)):
+                running[pool.submit(run, point[0], options(*point))] = point[0]
+            if not running:
+                break
+            finished = next(as_completed(running))
+            del running[finished]
             result = finished.result()
+            runs[result["method"], result["lr"], result["seed"]] = result
             written["runs"].append(result)
             arguments.results.write_text(json.dumps(written) + "\n")
-            print(
-                f"{number} of {len(running)}: {result['method']} at {result['lr']:g}: {final(result):.3f}", flush=True
-            )
+            print(f"{result['method']} at {result['lr']:g}, seed {result['seed']}: {final(result):.4f}", flush=True)
 
-    runs = [
-        run for run in written["runs"] if run["net"] == wanted and (run["method"], run["lr"], run["seed"]) in points
-    ]
-    summary = summarize(runs, arguments.methods, arguments.lrs)
-    written |= {"about": {**wanted, "torch": torch.__version__, "seeds": arguments.seeds}, "methods": summary}
+    summary = summarize(runs, arguments.methods, lrs, seeds)
+    written |= {"about": {**wanted_net, "torch": torch.__version__, "seeds": seeds}, "methods": summary}
     arguments.results.write_text(json.dumps(written) + "\n")
-    show(summary, arguments.lrs)
+    show(summary, lrs)
     draw(summary, arguments.picture)
 
 

@@ -28,7 +28,7 @@ from memfit.gradients.low_rank_gru import LowRankGRU
 from memfit.gradients.low_rank_layer import LowRankLinear
 from memfit.gradients.low_rank_lstm import LowRankLSTM
 
-POWER_REFRESH = 20  # steps; see docs/bases.md
+POWER_REFRESH = 15  # steps; see docs/bases.md
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class LowRankGradient(Technique):
         rank: r, from 1 to the smaller side of every matrix converted.
         sides: ``"both"`` trains U and V. ``"left"`` trains U alone and keeps V fixed: the layer then saves N x r
             numbers for its weight gradient in place of its N x n input.
-        basis: how V is chosen. ``"random"``: Gaussian. ``"power"``: Gaussian at first, and at each refresh the row
-            space of V's own gradient, made orthogonal, which leans towards the gradient's leading singular vectors. The
-            optimizer then moves U alone, keeps nothing for V, and its moments of U move to the new basis. It needs V's
-            gradient, and so ``sides="both"``.
+        basis: how V is chosen. ``"random"``: Gaussian. ``"power"``: Gaussian at first, and at each refresh moved
+            towards the gradient's leading singular vectors by a step of a power iteration, which the factors' own
+            gradients make. The optimizer then moves U alone, keeps nothing for V, and its moments of U move to the new
+            basis. It needs V's gradient, and so ``sides="both"``.
         refresh: every so many optimizer steps merge U V into the weight and change V, so that the sum of the updates is
             not bound to one basis. With a random basis the optimizer's moments of the factors are reset. None: never,
-            and every 20 steps with a power basis.
+            and every 15 steps with a power basis.
         seed: of the bases, together with the layer's name.
         rematerialize: of an LSTM or GRU, keep the outputs in place of the gates, a quarter or third of the size, and
             compute the gates anew in backward, with one more product per matrix.

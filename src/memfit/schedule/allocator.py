@@ -14,7 +14,7 @@ import sys
 _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
-def release_freed_memory(from_bytes: int = 1 << 20) -> bool:
+def release_freed_memory(from_bytes: int = 1 << 18) -> bool:
     """From now on, return every freed block of at least ``from_bytes`` to the operating system at once.
 
     It holds for the whole process and until its end, and costs page faults where large tensors are made anew in each
