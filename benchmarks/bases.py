@@ -82,7 +82,6 @@ class Factors:
         probe: what turns V at a refresh: ``None`` a new Gaussian; else Q^T G, with Q an orthogonal basis of ``"U"``; of
             ``"dU"``, U's gradient; of ``"dU before"``, that of the step before; or of ``"moment"``, Adam's mean of it
             up to the step before. ``"mean"``: the running mean of V's gradients U^T G.
-        window: of how many steps' gradients the sum is taken in Q^T G.
         singular: the rows of V are its singular vectors, rather than any orthogonal basis of the rows' space.
         train_right: V is trained by Adam too.
         moments: U's moments at a refresh: ``"moved"`` as `memfit.gradients.refresh` says; ``"filled"``, as moved, and
@@ -93,13 +92,12 @@ class Factors:
         self,
         weight: Tensor,
         refresh: int = 15,
-        probe: str | None = "dU before",
-        window: int = 1,
+        probe: str | None = "U",
         singular: bool = True,
         train_right: bool = False,
         moments: str = "moved",
     ) -> None:
-        self.refresh, self.probe, self.window, self.singular = refresh, probe, window, singular
+        self.refresh, self.probe, self.singular = refresh, probe, singular
         self.train_right, self.moments = train_right, moments
         self.left = weight.new_zeros(weight.shape[0], RANK)
         self.right = self.gaussian(weight)
@@ -127,14 +125,10 @@ class Factors:
     def look(self, gradient: Tensor, d_left: Tensor, d_right: Tensor) -> None:
         """Gather what the next V is made from."""
         probes = {"U": self.left, "dU": d_left, "dU before": self.d_left, "moment": self.adams[0].mean}
-        to_go = self.refresh - self.steps % self.refresh if self.refresh else 0
         if self.probe == "mean":
             self.direction.mul_(0.9).add_(d_right)
-        elif self.probe and to_go == self.window:
-            self.span = torch.linalg.qr(probes[self.probe]).Q
-            self.direction = self.span.t() @ gradient
-        elif self.probe and 0 < to_go < self.window:
-            self.direction = self.direction + self.span.t() @ gradient
+        elif self.probe and (self.steps + 1) % self.refresh == 0:
+            self.direction = torch.linalg.qr(probes[self.probe]).Q.t() @ gradient
         self.d_left = d_left
 
     def turn(self, weight: Tensor) -> None:
@@ -173,11 +167,10 @@ RULES: dict[str, tuple[float, Rule]] = {
     "power": factors(),
     **{f"power, every {steps}": factors(refresh=steps) for steps in (10, 20, 50)},
     "power, any basis": factors(singular=False),
-    "power, same step": factors(probe="dU"),
-    "power, same step, any basis": factors(probe="dU", singular=False),
+    "power, from dU": factors(probe="dU"),
+    "power, from dU, any basis": factors(probe="dU", singular=False),
+    "power, from dU before": factors(probe="dU before"),
     "power, from Adam's mean": factors(probe="moment"),
-    "power, from U": factors(probe="U"),
-    "power, sum of 5 gradients": factors(window=5),
     "power, V trained": factors(train_right=True),
     "power, moments filled": factors(moments="filled"),
     "power, moments reset": factors(moments="reset"),

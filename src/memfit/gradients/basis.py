@@ -14,35 +14,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PROBE = 1e-3
-
 
 def random_basis(rank: int, columns: int, generator: torch.Generator) -> Tensor:
     """A Gaussian V (rank x columns), float32 on the CPU, of variance 1/rank, so that E[V^T V] = I."""
     return torch.randn(rank, columns, generator=generator, device="cpu", dtype=torch.float32) / rank**0.5
 
 
-def power_probe(gradient: Tensor) -> Tensor:
-    """What U is to be, for V's next gradient to be half of a power iteration: U's gradient (m x r), orthogonalized.
-
-    The gradient of U is G V^T, and V's is U^T G. The columns get a norm of ``1e-3 sqrt(m)``: large enough for half
-    precision, and so small that V's gradient hardly counts where gradients are clipped by their joint norm.
-    """
-    rows, _ = gradient.shape
-    columns = torch.nn.functional.normalize(gradient, dim=0)
-    return torch.linalg.qr(columns).Q * (_PROBE * rows**0.5)
-
-
 def power_basis(gradient: Tensor) -> Tensor:
     """The leading right singular vectors of V's own gradient as the rows of a new V, of the gradient's shape (r x n).
 
-    V's gradient is U^T G. With U from :func:`power_probe` that is Q^T G, with Q an orthogonal basis of an earlier
-    G V^T: a step of the power iteration for G's leading singular vectors, which starts from the old V. No m x n matrix
-    is decomposed or made. That the rows are singular vectors, rather than any basis of the space they span, matters to
-    optimizers that scale each number by itself, as Adam does.
+    U has followed G V^T, so that V's gradient U^T G is the second half of a power iteration on G^T G that started from
+    the old V: its rows lean towards G's leading right singular vectors, and no m x n matrix is made or decomposed. That
+    they are singular vectors, rather than any basis of the space they span, matters to optimizers that scale each
+    number by itself, as Adam does.
     """
     rank, columns = gradient.shape
-    # The decomposition of the thin matrix is that of a square one of its size, r x r, and a rotation.
+    # The decomposition of the thin matrix is that of a square one, r x r, and a rotation.
     orthogonal, triangle = torch.linalg.qr(gradient.t())
     return torch.linalg.svd(triangle).U.t() @ orthogonal.t() * (columns / rank) ** 0.5
 

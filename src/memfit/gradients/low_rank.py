@@ -42,10 +42,10 @@ class LowRankGradient(Technique):
         rank: r, from 1 to the smaller side of every matrix converted.
         sides: ``"both"`` trains U and V. ``"left"`` trains U alone and keeps V fixed: the layer then saves N x r
             numbers for its weight gradient in place of its N x n input.
-        basis: how V is chosen. ``"random"``: Gaussian. ``"power"``: Gaussian at first, and at each refresh moved
-            towards the gradient's leading singular vectors by a step of a power iteration, which the factors' own
-            gradients make. The optimizer then moves U alone, keeps nothing for V, and its moments of U move to the new
-            basis. It needs V's gradient, and so ``sides="both"``.
+        basis: how V is chosen. ``"random"``: Gaussian. ``"power"``: Gaussian at first, and at each refresh the right
+            singular vectors of V's own gradient, which lean towards the dense gradient's leading ones. The optimizer
+            then moves U alone, keeps nothing for V, and its moments of U move to the new basis. It needs V's gradient,
+            and so ``sides="both"``.
         refresh: every so many optimizer steps merge U V into the weight and change V, so that the sum of the updates is
             not bound to one basis. With a random basis the optimizer's moments of the factors are reset. None: never,
             and every 15 steps with a power basis.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from memfit.gradients import refresh
-from memfit.gradients.basis import moved_coordinates, power_basis, power_probe, random_basis
+from memfit.gradients.basis import moved_coordinates, power_basis, random_basis
 from memfit.gradients.low_rank_product import low_rank_linear
 from memfit.sharding import full, is_sharded, replicated
 
@@ -80,14 +80,10 @@ class LowRankMatrix(nn.Module):
 
     def effective(self) -> Tensor:
         """The weight in force, of the base's shape and dtype; differentiable in the factors."""
-        return self._moved(self.left)
-
-    def _moved(self, left: Tensor) -> Tensor:
-        """The base weight plus ``left V``, as a new tensor."""
         base = self.base.detach()
-        first, second = (self.right.t(), left.t()) if self.transposed else (left, self.right)
+        first, second = (self.right.t(), self.left.t()) if self.transposed else (self.left, self.right)
         with torch.autocast(base.device.type, enabled=False):  # which would round the weight
-            product = torch.addmm(base.flatten(1).to(left.dtype), first, second)
+            product = torch.addmm(base.flatten(1).to(self.left.dtype), first, second)
         return product.to(base.dtype).view(base.shape)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,21 +97,16 @@ class LowRankMatrix(nn.Module):
         if self.refresh is not None and torch.is_grad_enabled():
             refresh.watch(self)
 
+    @torch.no_grad()
     def merge_(self) -> None:
         """Move U V into the base weight and set U to zero; the effective weight stays."""
-        self._restart(torch.zeros_like(self.left))
-
-    @torch.no_grad()
-    def _restart(self, left: Tensor) -> None:
-        """Set U to ``left``, and the base weight so that the effective weight stays."""
         base = self.base
-        moved = self.left - left
-        if base.dtype == moved.dtype and base.is_contiguous() and not is_sharded(base):
-            first, second = (self.right.t(), moved.t()) if self.transposed else (moved, self.right)
+        if base.dtype == self.left.dtype and base.is_contiguous() and not is_sharded(base):
+            first, second = (self.right.t(), self.left.t()) if self.transposed else (self.left, self.right)
             base.view(base.shape[0], -1).addmm_(first, second)  # no copy of the weight
         else:
-            base.copy_(self._moved(moved))
-        self.left.copy_(left)
+            base.copy_(self.effective())
+        self.left.zero_()
 
     def before_step(self) -> None:
         """Keep the gradient of a power basis V from the optimizer: it tells where V goes at the next refresh.
@@ -135,8 +126,6 @@ class LowRankMatrix(nn.Module):
         """
         self.steps += 1
         seen, self._seen = self._seen, None
-        if self._refreshes_after(self.steps + 1):
-            self._probe()
         if not self._refreshes_after(self.steps):
             return
         if seen is None:
@@ -152,19 +141,6 @@ class LowRankMatrix(nn.Module):
             refresh.reset_moments(self.left)
         if self.right.requires_grad:
             refresh.reset_moments(self.right)
-
-    def _probe(self) -> None:
-        """Before the last step of a power basis, set U such that V's next gradient shows the gradient's row space.
-
-        Where that cannot be, U stays what it became, which is a probe too, if no such good one: without a gradient, and
-        where the base weight is of half precision, which would be rounded once more.
-        """
-        gradient = self.left.grad
-        if self.basis != "power" or gradient is None or self.base.dtype != self.left.dtype:
-            return
-        whole = gradient.to_dense() if gradient.is_sparse else full(gradient)
-        if whole.any() and whole.isfinite().all():
-            self._restart(replicated(power_probe(whole), self.left))
 
     def _refreshes_after(self, steps: int) -> bool:
         return self.refresh is not None and steps % self.refresh == 0
