@@ -301,3 +301,25 @@ def test_a_model_on_the_meta_device_converts_without_memory() -> None:
         model = nn.Sequential(nn.Linear(1 << 14, 1 << 14))
     memfit.convert_(model, memfit.LowRankGradient(rank=8))
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("where", [None, 5, [1, 2]])
+def test_a_where_that_is_none_is_refused(where: object) -> None:
+    with pytest.raises(memfit.ConversionError, match="give a name or glob"):
+        memfit.convert_(nn.Sequential(nn.Linear(4, 4)), memfit.LowRankGradient(rank=2), where)  # type: ignore[arg-type]
+
+
+def test_a_slip_in_one_of_several_names_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(memfit.ConversionError, match=r"matches 'encoder\.q'"):
+        memfit.convert_(model, memfit.LowRankGradient(rank=2), ["0", "encoder.q"])
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_recurrent_layer_whose_weights_are_computed_is_left_out() -> None:
+    lstm = torch.nn.utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+    model = nn.ModuleList([lstm, nn.Linear(4, 4)])
+    memfit.convert_(model, memfit.LowRankGradient(rank=1))
+    assert type(model[0]) is nn.LSTM
+    with pytest.raises(memfit.ConversionError, match="weight norm"):
+        memfit.convert_(model, memfit.LowRankGradient(rank=1), "0")

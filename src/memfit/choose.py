@@ -40,6 +40,8 @@ class Owner(NamedTuple):
 def choose(model: nn.Module, technique: Technique, where: Where) -> tuple[dict[str, Choice], list[list[Owner]]]:
     """The layers to convert by name, each once, and the weights they share; raises where the choice itself is wrong."""
     patterns = [where] if isinstance(where, str) else where
+    if not callable(patterns):
+        _check_names(model, patterns)
     chosen: dict[str, Choice] = {}
     passed: dict[str, str] = {}  # layers that the technique knows, left out, and why
     wholes: dict[int, str] = {}  # modules that are a part of another layer, and that layer's name
@@ -87,6 +89,18 @@ def choose(model: nn.Module, technique: Technique, where: Where) -> tuple[dict[s
             + "."
         )
     return chosen, ties
+
+
+def _check_names(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Raise for a pattern that is none, or one of several that names nothing: a slip would leave a layer dense."""
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConversionError(
+            f"where={patterns!r} is not possible: give a name or glob, a list of them, or a callable of name and layer."
+        )
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    nothing = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if nothing and len(patterns) > 1:
+        raise ConversionError(f"where={patterns!r}: no layer has a name that matches {listed(nothing)}.")
 
 
 def _unsupported(module: nn.Module, kind: type[ConvertedLayer] | None, technique: Technique) -> str | None:

@@ -52,7 +52,9 @@ def convert_(model: nn.Module, technique: Technique, where: Where = "*") -> nn.M
     obstacles = {name: choice.kind.obstacle(choice.layer, technique) for name, choice in chosen.items()}
     if any(obstacles.values()):
         reasons = "; ".join(f"{label(name)} {reason}" for name, reason in obstacles.items() if reason)
-        raise ConversionError(f"{technique} cannot convert these layers: {reasons}.")
+        raise ConversionError(
+            f"{technique} cannot convert these layers: {reasons}. Lower the rank, or leave them out of where."
+        )
     for name, choice in chosen.items():
         choice.kind.convert_(choice.layer, technique, name)
     for first, *others in ties:

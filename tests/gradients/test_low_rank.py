@@ -57,10 +57,22 @@ def test_low_rank_linear_passes_gradcheck() -> None:
     torch.manual_seed(0)
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
     base = torch.randn(5, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda x, bias, left, right: low_rank_linear(x, base, bias, left, right),
-        (make(3, 2, 4), make(5), make(5, 2), make(2, 4)),
-    )
+    inputs = (make(3, 2, 4), make(5), make(5, 2), make(2, 4))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, bias, left, right: low_rank_linear(x, base, bias, left, right), inputs)
+
+
+def test_second_derivatives_are_refused_where_the_input_is_not_kept() -> None:
+    layer = memfit.convert_(nn.Linear(6, 5), memfit.LowRankGradient(rank=2, sides="left"))
+    x = torch.randn(3, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match='sides="both"'):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+def test_float64_stays_float64_under_autocast() -> None:
+    layer = memfit.convert_(nn.Linear(6, 5).double(), memfit.LowRankGradient(rank=2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(3, 6, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_the_random_basis_is_the_identity_on_average() -> None:

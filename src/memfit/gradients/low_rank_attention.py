@@ -119,7 +119,6 @@ class LowRankMultiheadAttention(LowRankLayer, nn.MultiheadAttention):
             inputs = (query, key, value)
             return [matrix.linear(x, b) for matrix, x, b in zip(matrices, inputs, biases, strict=True)]
         matrix = self.matrix("in_proj_weight")
-        matrix.watch()
         found: list[Tensor] = []
         for _, run in groupby((query, key, value), id):
             same = list(run)

@@ -55,7 +55,6 @@ class _LowRankConv(_LowRankConvolution):
         single = input.dim() == len(self.kernel_size) + 1
         x, padding = self._padded(input.unsqueeze(0) if single else input)
         matrix = self.matrix("weight")
-        matrix.watch()
         by = Geometry(self.stride, padding, self.dilation, groups=self.groups)
         y = low_rank_conv(x, matrix.base, self.bias, matrix.left, matrix.right, by)
         return y.squeeze(0) if single else y
@@ -111,7 +110,6 @@ class _LowRankConvTranspose(_LowRankConvolution, _ConvTransposeNd):
         )
         single = input.dim() == axes + 1
         matrix = self.matrix("weight")
-        matrix.watch()
         by = Geometry(
             self.stride, cast(tuple[int, ...], self.padding), self.dilation, True, tuple(output_padding), self.groups
         )

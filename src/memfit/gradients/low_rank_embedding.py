@@ -38,7 +38,6 @@ class LowRankEmbedding(LowRankLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         matrix = self.matrix("weight")
-        matrix.watch()
         tokens, padding = input.reshape(-1), self.padding_idx
         dtype = matrix.base.dtype
         left = F.embedding(tokens, matrix.left, padding, sparse=self.sparse).to(dtype)

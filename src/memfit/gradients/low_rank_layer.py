@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from memfit.convert import ConvertedLayer, Technique, put_parameter
 from memfit.errors import ConversionError
 from memfit.gradients.low_rank_matrix import LowRankMatrix, matrix_shape
+from memfit.gradients.refresh import unwatch
 
 if TYPE_CHECKING:
     from memfit.gradients.low_rank import LowRankGradient
@@ -66,6 +67,7 @@ class LowRankLayer(ConvertedLayer):
         for name, matrix in matrices.items():
             matrix = cast(LowRankMatrix, matrix)
             matrix.merge_()
+            unwatch(matrix)
             matrix.base.grad = None
             matrix.base.requires_grad_(True)
             put_parameter(self, order, name, matrix.base)

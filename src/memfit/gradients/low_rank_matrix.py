@@ -15,7 +15,7 @@ On-device Training of Deep Neural Network", ICASSP 2020, arXiv 2001.08885.
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,11 @@ class LowRankMatrix(nn.Module):
         # Not a buffer: DistributedDataParallel would broadcast it at each forward, and fully_shard would not shard it.
         self.right = nn.Parameter(right, requires_grad=technique.sides == "both")
         self._draw()
+        refresh.watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or from a file
+        super().__setstate__(state)
+        refresh.watch(self)
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -88,14 +93,8 @@ class LowRankMatrix(nn.Module):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``F.linear`` with the effective weight."""
-        self.watch()
         base = self.base.t() if self.transposed else self.base
         return low_rank_linear(x, base, bias, self.left, self.right)
-
-    def watch(self) -> None:
-        """Called whenever the factors are used: from then on the optimizer's steps are counted for the refresh."""
-        if self.refresh is not None and torch.is_grad_enabled():
-            refresh.watch(self)
 
     @torch.no_grad()
     def merge_(self) -> None:
@@ -122,25 +121,33 @@ class LowRankMatrix(nn.Module):
         """Count a step of the optimizer that holds U; when it is time, merge and change the basis.
 
         With a random V nothing known of U's old coordinates holds in the new ones, so that the moments are reset, as if
-        the factors were new parameters. With a power basis the two have much in common, and U's moments are moved.
+        the factors were new parameters. With a power basis the two have much in common, and U's moments are moved;
+        where its gradient is missing, zero or not finite, the basis stays until the next time.
         """
         self.steps += 1
         seen, self._seen = self._seen, None
         if not self._refreshes_after(self.steps):
             return
-        if seen is None:
-            seen = self.right.grad  # of an optimizer that has not stepped yet, or steps through a closure
+        with torch.autocast(self.base.device.type, enabled=False):  # which would round the basis
+            if self.basis == "random":
+                self.merge_()
+                self._draw()
+                refresh.reset_moments(self.left)
+                if self.right.requires_grad:
+                    refresh.reset_moments(self.right)
+                return
+            seen = self.right.grad if seen is None else seen  # of an optimizer that has not stepped yet
+            if seen is not None and seen.any() and seen.isfinite().all():
+                self._turn(full(seen))
+
+    def _turn(self, gradient: Tensor) -> None:
+        """Merge, and move a power basis to where V's gradient points, the optimizer's moments with it."""
         self.merge_()
-        if self.basis == "power" and seen is not None and seen.any() and seen.isfinite().all():
-            after = power_basis(full(seen).to(self.right.dtype))
-            change = moved_coordinates(full(self.right), after)
-            self.right.copy_(replicated(after, self.right))
-            refresh.move_moments(self.left, change)
-        else:
-            self._draw()
-            refresh.reset_moments(self.left)
-        if self.right.requires_grad:
-            refresh.reset_moments(self.right)
+        exact = torch.promote_types(self.right.dtype, torch.float32)
+        after = power_basis(gradient.to(exact))
+        change = moved_coordinates(full(self.right).to(exact), after)
+        self.right.copy_(replicated(after.to(self.right.dtype), self.right))
+        refresh.move_moments(self.left, change)
 
     def _refreshes_after(self, steps: int) -> bool:
         return self.refresh is not None and steps % self.refresh == 0

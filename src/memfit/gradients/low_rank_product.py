@@ -24,7 +24,7 @@ def low_rank_linear(x: Tensor, base: Tensor, bias: Tensor | None, left: Tensor, 
     rows = x.reshape(-1, x.shape[-1])
     base = base.detach()  # also when somebody has unfrozen it: its gradient would be the dense one
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and base.dtype != torch.float64:  # as F.linear
         dtype = torch.get_autocast_dtype(device)
         rows, base = rows.to(dtype), base.to(dtype)
     dtype = base.dtype
@@ -57,6 +57,10 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         rows, narrow, base, left, right = ctx.saved_tensors
         d_rows = d_bias = d_right = None
+        if torch.is_grad_enabled():  # someone wants the gradient's gradient, for which narrow is no constant
+            if rows is None:
+                raise RuntimeError('sides="left" keeps no input for second derivatives: convert with sides="both".')
+            narrow = rows @ right.t()
         if ctx.needs_input_grad[0] or rows is not None:
             d_narrow = d @ left
             if ctx.needs_input_grad[0]:

@@ -33,7 +33,7 @@ class LowRankRNN(LowRankLayer, nn.RNNBase):
 
     @classmethod
     def weight_names(cls, layer: nn.Module) -> list[str]:
-        return [name for name in layer._parameters if name.startswith("weight_")]
+        return [name for names in cast(nn.RNNBase, layer)._all_weights for name in names if name.startswith("weight_")]
 
     @classmethod
     def convert_(cls, layer: nn.Module, technique: Technique, name: str) -> None:
@@ -152,6 +152,5 @@ class LowRankRNN(LowRankLayer, nn.RNNBase):
 
 def factors(matrix: LowRankMatrix) -> tuple[Tensor, Tensor, Tensor]:
     """Base, left and right of one dtype."""
-    matrix.watch()
     dtype = matrix.base.dtype
     return matrix.base, matrix.left.to(dtype), matrix.right.to(dtype)

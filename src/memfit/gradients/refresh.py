@@ -5,8 +5,11 @@ No call in the user's loop is needed: torch tells of every optimizer's step.
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,36 +27,96 @@ _QUADRATIC = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 _refreshing: weakref.WeakSet[LowRankMatrix] = weakref.WeakSet()
 _optimizers = WeakIdKeyDictionary()  # factor -> a weak reference to the optimizer that last moved it
+_steps = threading.local()  # .running: the steps that this thread is in, outermost first
+
+
+class _Step(NamedTuple):
+    """A call of an optimizer's step.
+
+    Attributes:
+        frame: torch's, from which the optimizer's own code and the hooks are called.
+        own: the factors that this call looks after.
+    """
+
+    frame: FrameType
+    own: list[nn.Parameter]
 
 
 def watch(matrix: LowRankMatrix) -> None:
     """From now on call ``matrix.before_step`` and ``after_step`` around the steps of the optimizers of its factors.
 
-    The one before each step of the optimizer that holds the right factor, the other after the left factor's.
+    The one before each step of the optimizer that holds the right factor, the other after the left factor's. Does
+    nothing for a matrix that is never refreshed.
     """
-    _refreshing.add(matrix)
+    if matrix.refresh is not None:
+        _refreshing.add(matrix)
 
 
-def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _refreshing:
-        matrices = {id(matrix.right): matrix for matrix in _refreshing}
-        for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
-            if id(parameter) in matrices:
-                matrices[id(parameter)].before_step()
+def unwatch(matrix: LowRankMatrix) -> None:
+    """Undo :func:`watch`."""
+    _refreshing.discard(matrix)
+
+
+def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """Torch's hook before a step: gradients of bases are put aside, after the closure where there is one."""
+    if not _refreshing:
+        return None
+    # Steps within a step are those of an optimizer that wraps or extends another: the outermost one counts.
+    running = _running_steps()
+    outer = {id(parameter) for step in running for parameter in step.own}
+    factors = {id(factor) for matrix in _refreshing for factor in (matrix.left, matrix.right)}
+    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in factors and id(p) not in outer]
+    running.append(_Step(sys._getframe(1), held))
+    of_right = {id(matrix.right): matrix for matrix in _refreshing}
+    matrices = [of_right[id(parameter)] for parameter in held if id(parameter) in of_right]
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not matrices or not callable(closure):
+        _put_aside(matrices)
+        return None
+
+    def and_put_aside() -> Any:
+        loss = closure()
+        _put_aside(matrices)
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": and_put_aside}
+    return (args[0], and_put_aside, *args[2:]), kwargs
+
+
+def _put_aside(matrices: list[LowRankMatrix]) -> None:
+    for matrix in matrices:
+        matrix.before_step()
 
 
 def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Torch's hook after a step: count it for each matrix whose left factor it has moved."""
     if not _refreshing:
         return
     matrices = {id(matrix.left): matrix for matrix in _refreshing}
     factors = {id(factor) for matrix in _refreshing for factor in (matrix.left, matrix.right)}
-    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in factors]
-    for factor in held:
-        _optimizers[factor] = weakref.ref(optimizer)
-    # In the optimizer's order, the same in all processes: the merge of a sharded weight is a conversation of theirs.
-    for factor in held:
-        if id(factor) in matrices:
-            matrices[id(factor)].after_step()
+    for parameter in [p for group in optimizer.param_groups for p in group["params"] if id(p) in factors]:
+        # Of one optimizer within another the inner one has the state, and comes first.
+        known = _optimizer_of(parameter)
+        if known is None or parameter in optimizer.state or parameter not in known.state:
+            _optimizers[parameter] = weakref.ref(optimizer)
+    running, frame = _running_steps(), sys._getframe(1)
+    if running and running[-1].frame is frame:
+        # In the optimizer's order, the same in all processes: merging a sharded weight is a conversation of theirs.
+        for factor in running.pop().own:
+            if id(factor) in matrices:
+                matrices[id(factor)].after_step()
+
+
+def _running_steps() -> list[_Step]:
+    """The steps that this thread is inside of; one that has raised is not running any more."""
+    callers: set[int] = set()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        callers.add(id(frame))
+        frame = frame.f_back
+    _steps.running = [step for step in getattr(_steps, "running", []) if id(step.frame) in callers]
+    return cast("list[_Step]", _steps.running)
 
 
 register_optimizer_step_pre_hook(_before_any_step)
