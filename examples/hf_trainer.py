@@ -61,7 +61,10 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     arguments = parser.parse_args()
 
-    text = arguments.text.read_text(encoding="utf-8") if arguments.text else SONNETS
+    try:
+        text = arguments.text.read_text(encoding="utf-8") if arguments.text else SONNETS
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--text {arguments.text}: {error}")
     if len(text) <= LENGTH:
         parser.error(f"{arguments.text}: the text must be longer than {LENGTH} characters")
     alphabet = "".join(sorted(set(text)))
@@ -69,7 +72,10 @@ def main() -> None:
     model = build(len(alphabet))
 
     # Convert before the Trainer makes its optimizer. Also before a resume: the checkpoint has the factors.
-    memfit.convert_(model, memfit.LowRankGradient(rank=arguments.rank), where="model.layers.*")
+    try:
+        memfit.convert_(model, memfit.LowRankGradient(rank=arguments.rank), where="model.layers.*")
+    except memfit.ConversionError as error:
+        parser.error(str(error))
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -88,6 +94,8 @@ def main() -> None:
         ),
         train_dataset=Passages(text, alphabet),
     )
+    if arguments.resume and not list(arguments.output.glob("checkpoint-*")):
+        parser.error(f"--resume: there is no checkpoint in {arguments.output}")
     trainer.train(resume_from_checkpoint=arguments.resume)
 
     # An ordinary Llama again, with the trained weights under their original keys.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +48,20 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=4, help="micro-batches per step")
     parser.add_argument("--save", default="model.pt", help="where the trained weights go")
     arguments = parser.parse_args()
+    if arguments.steps < 3 or arguments.accumulate < 1:
+        parser.error("--steps must be at least 3, and --accumulate at least 1")
+    if not Path(arguments.save).absolute().parent.is_dir():
+        parser.error(f"--save {arguments.save}: there is no such folder")
 
     torch.manual_seed(0)
     model = build()
     dense_numbers = sum(p.numel() for p in model.parameters())
 
     # Convert before the optimizer is made: from here on the factors are the parameters that train.
-    memfit.convert_(model, memfit.LowRankGradient(rank=arguments.rank))
+    try:
+        memfit.convert_(model, memfit.LowRankGradient(rank=arguments.rank))
+    except memfit.ConversionError as error:
+        parser.error(str(error))
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"trains {sum(p.numel() for p in trained):,} numbers in place of {dense_numbers:,}")
 
@@ -64,9 +72,8 @@ def main() -> None:
     def step() -> float:
         optimizer.zero_grad()
         total = 0.0
-        for _ in range(
-            arguments.accumulate
-        ):  # the sum of the gradients is kept in factors: no buffer of a weight's size
+        # The sum of the gradients is kept in factors: no buffer of a weight's size.
+        for _ in range(arguments.accumulate):
             x, labels = next(batches)
             loss = F.cross_entropy(model(x), labels) / arguments.accumulate
             loss.backward()
