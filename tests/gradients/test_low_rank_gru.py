@@ -23,7 +23,7 @@ def with_random_factors(gru: nn.GRU, **settings: Any) -> tuple[nn.GRU, nn.GRU]:
     low = memfit.convert_(copy.deepcopy(gru), memfit.LowRankGradient(**settings))
     with torch.no_grad():
         for matrix in low.low_rank.values():
-            matrix.left.normal_()
+            matrix.left.normal_(std=0.3)  # small enough for gradients over many steps not to explode
     gru.load_state_dict(memfit.state_dict(low))
     return low, gru
 

@@ -22,7 +22,7 @@ def with_random_factors(lstm: nn.LSTM, **settings: Any) -> tuple[nn.LSTM, nn.LST
     low = memfit.convert_(copy.deepcopy(lstm), memfit.LowRankGradient(**settings))
     with torch.no_grad():
         for matrix in low.low_rank.values():
-            matrix.left.normal_()
+            matrix.left.normal_(std=0.3)  # small enough for gradients over many steps not to explode
     lstm.load_state_dict(memfit.state_dict(low))
     return low, lstm
 
