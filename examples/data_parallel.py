@@ -57,6 +57,11 @@ def main() -> None:
         sys.exit(subprocess.call([*torchrun, *sys.argv]))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    train(arguments)  # a function of its own: a wrapped model that outlives its process group can hang at exit
+    dist.destroy_process_group()
+
+
+def train(arguments: argparse.Namespace) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
 
     # Convert first, wrap second, make the optimizer last. The bases come from the seed: the same in all processes.
@@ -108,7 +113,6 @@ def main() -> None:
         with torch.no_grad():
             accuracy = (plain(x).argmax(1) == labels).float().mean().item()
         print(f"the plain model from {arguments.save}: accuracy on new data {accuracy:.1%}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
