@@ -99,7 +99,7 @@ def next_token_in_pieces(model: nn.Module, tokens: Tensor, positions: int = 64) 
     return cast(Tensor, total) / len(targets)
 
 
-def llama(loss: Callable[[nn.Module, Any], Tensor], small: bool) -> Task:
+def llama(loss: Callable[[nn.Module, Any], Tensor], small: bool, checkpointed: bool = False) -> Task:
     """The Llama of 58 million parameters on which GaLore and APOLLO are published; embedding and head are not tied."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -118,6 +118,8 @@ def llama(loss: Callable[[nn.Module, Any], Tensor], small: bool) -> Task:
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return Task(model.train(), torch.randint(tokens, (1, 16 if small else 256)), loss)
 
 
@@ -138,13 +140,18 @@ WORKLOADS = {
     **{
         name: Workload(
             f"Llama 60M, batch 1, sequence 256{how}",
-            partial(llama, loss),
+            make,
             lambda name, module: isinstance(module, nn.Linear | nn.Embedding),
             lambda name, module: isinstance(module, nn.Linear) and name != "lm_head",
         )
-        for name, how, loss in (
-            ("llama", "", next_token),
-            ("llama-pieces", ", loss in pieces of 64 positions", next_token_in_pieces),
+        for name, how, make in (
+            ("llama", "", partial(llama, next_token)),
+            ("llama-pieces", ", loss in pieces of 64 positions", partial(llama, next_token_in_pieces)),
+            (
+                "llama-checkpointed",
+                ", loss in pieces, layers checkpointed",
+                partial(llama, next_token_in_pieces, checkpointed=True),
+            ),
         )
     },
 }

@@ -886,3 +886,18 @@ def test_without_progress_nothing_is_printed(capfd: pytest.CaptureFixture[str], 
     made(stateful_adagrad, 1).fit(steps=3, checkpoint=tmp_path / "c")
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.parametrize(("make", "released"), [(perceptron, True), (Recurrent, False)])
+@pytest.mark.parametrize("converted", [False, True])
+def test_freed_memory_is_given_back_unless_torchs_recurrent_layers_would_fault(
+    make: Callable[[], nn.Module], released: bool, converted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(sys.modules["memfit.fit"], "release_freed_memory", lambda: calls.append(True))
+    model = make()
+    if converted:
+        memfit.convert_(model, memfit.LowRankGradient(rank=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fit(model, squared_error, [[torch.randn(2, 12), torch.randn(2, 3)]], optimizer, steps=1, measure=False)
+    assert bool(calls) == (released or converted)

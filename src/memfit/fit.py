@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from memfit import checkpoint as checkpoints
+from memfit.convert import ConvertedLayer
 from memfit.errors import CheckpointError, TrainingError
 from memfit.files import check_writable
 from memfit.gradients.low_rank_matrix import LowRankMatrix
@@ -60,7 +61,9 @@ def fit(
 ) -> FitResult:
     """Train a model for ``steps`` steps, with exact resume from a checkpoint.
 
-    Memory that steps free goes back to the operating system at once (:func:`memfit.release_freed_memory`).
+    Memory that steps free goes back to the operating system at once (:func:`memfit.release_freed_memory`), unless the
+    model has recurrent layers of torch's own: backward through them makes and frees gradients of a weight's size at
+    every time step, and the page faults would double the time.
     A run that was killed at any instant and is resumed with the same arguments ends with bit-identical weights,
     optimizer state and losses. ``docs/checkpoints.md`` says what is stored, and what exactness asks of the data.
 
@@ -128,7 +131,8 @@ def fit(
         path=None if checkpoint is None else Path(checkpoint),
         settings=None if settings is None else json.loads(json.dumps(dict(settings))),
     )
-    release_freed_memory()
+    if not any(isinstance(module, nn.RNNBase) and not isinstance(module, ConvertedLayer) for module in model.modules()):
+        release_freed_memory()
     modes = {module: module.training for module in model.modules()}
     if not model.training:
         model.train()

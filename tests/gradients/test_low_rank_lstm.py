@@ -120,15 +120,17 @@ def test_gradcheck_of_a_whole_layer() -> None:
 
 def test_blocked_products_agree_with_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(48, 24)
+    weight = torch.randn(47, 21)
     monkeypatch.setattr(lstm_recurrence, "_BLOCK_FROM", 1)
     for base in (weight, weight.t()):
         left, right = torch.randn(base.shape[0], 3), torch.randn(3, base.shape[1])
         product = RowProduct(base, left, right, 6)
-        assert product.blocked is not None
+        assert len(product.blocked) == (1 if base is weight else lstm_recurrence._PIECES)
         for rows in (1, 5, 6, 9):
-            x = torch.randn(rows, base.shape[1])
-            torch.testing.assert_close(product(x), x @ (base + left @ right).t())
+            x, other = torch.randn(rows, base.shape[1]), torch.randn(rows, base.shape[0])
+            expected = x @ (base + left @ right).t()
+            torch.testing.assert_close(product(x), expected)
+            torch.testing.assert_close(product.plus(other, x), other + expected)
     low, plain = with_random_factors(nn.LSTM(12, 16, 2), rank=3)
     x = torch.randn(9, 5, 12)
     for first, second in zip(flat(low(x)), flat(plain(x)), strict=True):

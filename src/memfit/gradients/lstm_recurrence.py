@@ -7,9 +7,10 @@ where g_t, the input's share of the gates, was computed for all steps at once. T
 gradients of the gates of all steps in one matrix D (N x 4H), so that the factors' gradients are single products over
 all steps, dU = D^T (H V^T) and dV = (D U)^T H, with H the previous outputs (N x P): the dense gradient is never formed.
 
-Memory: forward keeps the gates alone, in the buffer that held g; cells and outputs are recomputed from them, and D
-takes the gates' place unless the graph is retained. Rematerialized, forward keeps inputs and outputs in place of the
-gates: since h is known by then, backward gets the gates of all steps back with two products.
+Memory: forward keeps the gates, in the buffer that held g, and the states before every block of steps; cells and
+outputs are recomputed from them block by block, and D takes the gates' place unless the graph is retained.
+Rematerialized, forward keeps inputs and outputs in place of the gates: since h is known by then, backward gets the
+gates back with two products.
 
 Rows are in the order of a packed sequence: step t has ``batch_sizes[t]`` rows, one for each of the longest sequences.
 A full batch is the same with equal batch sizes.
@@ -30,6 +31,8 @@ from memfit.gradients.low_rank_product import low_rank_linear
 # A weight of this many elements no longer fits the inner caches. oneDNN's blocked layout then streams it 3 to 5 times
 # faster through many products of a few rows each than the BLAS does, which repacks it every time.
 _BLOCK_FROM = 512 * 512
+# oneDNN reorders a transposed weight from a plain copy of it. In so many pieces, the copy is of one piece at a time.
+_PIECES = 8
 # Backward works on this many steps at once: enough to hide the cost of a call, few enough to keep temporaries small.
 _BLOCK_STEPS = 16
 
@@ -38,11 +41,12 @@ class RowProduct:
     """``x -> x (base + left right)^T``, made for many calls with an x of at most ``rows`` rows.
 
     A large float32 weight on the CPU is brought once into oneDNN's blocked layout, a copy that lives as long as this,
-    and the low-rank part is added in each call: the sum would be a second copy. Small weights are summed.
+    and the low-rank part is added in each call: the sum would be a second copy. Small weights are summed. A transposed
+    weight is blocked in pieces of its rows.
     """
 
     def __init__(self, base: Tensor, left: Tensor, right: Tensor, rows: int) -> None:
-        self.blocked: Tensor | None = None
+        self.blocked: list[Tensor] = []
         if (
             base.numel() >= _BLOCK_FROM
             and base.dtype == torch.float32
@@ -50,22 +54,26 @@ class RowProduct:
             and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         ):
-            self.blocked = torch.ops.mkldnn._reorder_linear_weight(base.detach(), rows)
+            pieces = (base,) if base.is_contiguous() else base.tensor_split(_PIECES)
+            self.blocked = [torch.ops.mkldnn._reorder_linear_weight(piece.detach(), rows) for piece in pieces]
             self.left, self.right = left.t(), right.t().contiguous()
         else:
             self.transposed = torch.addmm(base, left, right).t()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.blocked is None:
+        if not self.blocked:
             return torch.mm(x, self.transposed)
-        product = torch.ops.mkldnn._linear_pointwise(x, self.blocked, None, "none", [], "")
+        products = [torch.ops.mkldnn._linear_pointwise(x, piece, None, "none", [], "") for piece in self.blocked]
+        product = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         return product.addmm_(torch.mm(x, self.right), self.left)
 
     def plus(self, other: Tensor, x: Tensor) -> Tensor:
         """``other + x (base + left right)^T``, a new tensor."""
-        if self.blocked is None:
+        if not self.blocked:
             return torch.addmm(other, x, self.transposed)
-        total = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.blocked, None, "add")
+        if len(self.blocked) > 1:
+            return self(x).add_(other)
+        total = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.blocked[0], None, "add")
         return total.addmm_(torch.mm(x, self.right), self.left)
 
 
@@ -89,44 +97,12 @@ def previous(states: Tensor, initial: Tensor, batch_sizes: Sequence[int], revers
     return torch.cat([piece for step in (shifted[::-1] if reverse else shifted) for piece in step])
 
 
-def factor_gradients(
-    d: Tensor,
-    states: Tensor,
-    initial: Tensor,
-    left: Tensor,
-    right: Tensor,
-    order: tuple[Sequence[int], bool],
-    both: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``d^T (S right^T)`` (M x r) and, where both sides train, ``(d left)^T S`` (r x P), with S the previous states.
-
-    S (N x P) would be a copy of all states, so it is the narrow products (N x r) that are moved by a step.
-
-    Args:
-        d: (N, M) gradients of what S was multiplied into.
-        states: (N, P); with ``initial`` (B, P) what S is made of.
-        left: (M, r).
-        right: (r, P).
-        order: batch sizes and whether the recurrence runs in reverse.
-        both: whether the second one is wanted.
-    """
-    count, batch = states.shape[0], initial.shape[0]
-    numbers = torch.arange(count + batch, device=d.device).unsqueeze(1)
-    source = previous(numbers[:count], numbers[count:], *order).squeeze(1)
-    d_left = d.t() @ torch.cat((states @ right.t(), initial @ right.t())).index_select(0, source)
-    if not both:
-        return d_left, None
-    moved = d.new_zeros(count + batch, left.shape[1]).index_copy_(0, source, d @ left)
-    return d_left, (moved[:count].t() @ states).addmm_(moved[count:].t(), initial)
-
-
 class Block(NamedTuple):
-    """Consecutive steps of the recurrence: rows [start, end); the step that ran before them has the rows ``before``."""
+    """Consecutive steps of the recurrence: rows [start, end)."""
 
     start: int
     end: int
     batch_sizes: list[int]
-    before: slice | None
 
 
 def blocks(batch_sizes: Sequence[int], reverse: bool) -> list[Block]:
@@ -136,31 +112,42 @@ def blocks(batch_sizes: Sequence[int], reverse: bool) -> list[Block]:
     found = []
     for first in range(0, len(batch_sizes), _BLOCK_STEPS):
         last = min(first + _BLOCK_STEPS, len(batch_sizes)) - 1
-        ran_before = last + 1 if reverse else first - 1
-        known = 0 <= ran_before < len(batch_sizes)
-        before = slice(starts[ran_before], ends[ran_before]) if known else None
-        found.append(Block(starts[first], ends[last], list(batch_sizes[first : last + 1]), before))
+        found.append(Block(starts[first], ends[last], list(batch_sizes[first : last + 1])))
     return found[::-1] if reverse else found
 
 
-def _state_before(block: Block, states: Tensor, initial: Tensor) -> Tensor:
-    """The states (B x K) of all sequences before a block: of the step before, and initial where there is none."""
-    if block.before is None:
-        return initial
-    known = states[block.before]
-    return torch.cat((known, initial[known.shape[0] :]))
+class FactorGradients:
+    """``dU = D^T (S V^T)`` (M x r) and, where V trains, ``dV = (D U)^T S`` (r x K), summed over blocks of rows.
+
+    S are the rows that met the matrix, D the gradients of what came of them. Half precision is summed in float32.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, both: bool) -> None:
+        self.left, self.right = left, right
+        precise = torch.promote_types(left.dtype, torch.float32)
+        self.d_left = torch.zeros_like(left, dtype=precise)
+        self.d_right = torch.zeros_like(right, dtype=precise) if both else None
+
+    def add(self, d: Tensor, states: Tensor) -> None:
+        """Another block: d (rows x M), states (rows x K)."""
+        self.d_left += d.t() @ (states @ self.right.t())
+        if self.d_right is not None:
+            self.d_right += (d @ self.left).t() @ states
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        return self.d_left.to(self.left.dtype), None if self.d_right is None else self.d_right.to(self.right.dtype)
 
 
-def cells(gates: Tensor, c0: Tensor, batch_sizes: Sequence[int], reverse: bool) -> Tensor:
-    """The cells of all rows (N x H) from the activated gates (N x 4H) and the initial cells (B x H)."""
+def cells(gates: Tensor, start: Tensor, batch_sizes: Sequence[int], reverse: bool) -> Tensor:
+    """The cells of a block's rows (N x H) from its activated gates (N x 4H) and the cells before it (B x H)."""
     i, f, g, _ = gates.chunk(4, dim=1)
     c = i * g
-    before = c0[:0]
+    before = start
     for cell, keep in zip(run_order(c, batch_sizes, reverse), run_order(f, batch_sizes, reverse), strict=True):
         rows, known = cell.shape[0], min(before.shape[0], cell.shape[0])
         cell[:known].addcmul_(keep[:known], before[:known])
         if known < rows:
-            cell[known:].addcmul_(keep[known:], c0[known:rows])
+            cell[known:].addcmul_(keep[known:], start[known:rows])
         before = cell
     return c
 
@@ -207,23 +194,27 @@ class Recurrence(torch.autograd.Function):
         outputs = gates.new_empty(gates.shape[0], h0.shape[1])
         h, c = h0.clone(), c0.clone()
         states = {rows: (h[:rows], c[:rows]) for rows in set(batch_sizes)}
-        views = (outputs, gates, gates[:, : 2 * hidden], *gates.chunk(4, dim=1))
-        by_step = [run_order(view, batch_sizes, reverse) for view in views]
-        for output, gate, i_and_f, i, f, g, o in zip(*by_step, strict=True):
-            state, cell = states[gate.shape[0]]
-            raw = recur.plus(gate, state)
-            torch.sigmoid(raw[:, : 2 * hidden], out=i_and_f)
-            torch.tanh(raw[:, 2 * hidden : 3 * hidden], out=g)
-            torch.sigmoid(raw[:, 3 * hidden :], out=o)
-            cell.mul_(f).addcmul_(i, g)
-            inner = torch.tanh(cell)
-            if project is None:
-                torch.mul(inner, o, out=state)
-            else:
-                state.copy_(project(inner.mul_(o)))
-            output.copy_(state)
+        starts = []
+        for block in blocks(batch_sizes, reverse):
+            starts.append(torch.cat((h, c), dim=1)[: block.batch_sizes[0]])
+            rows = gates[block.start : block.end]
+            views = (outputs[block.start : block.end], rows, rows[:, : 2 * hidden], *rows.chunk(4, dim=1))
+            by_step = [run_order(view, block.batch_sizes, reverse) for view in views]
+            for output, gate, i_and_f, i, f, g, o in zip(*by_step, strict=True):
+                state, cell = states[gate.shape[0]]
+                raw = recur.plus(gate, state)
+                torch.sigmoid(raw[:, : 2 * hidden], out=i_and_f)
+                torch.tanh(raw[:, 2 * hidden : 3 * hidden], out=g)
+                torch.sigmoid(raw[:, 3 * hidden :], out=o)
+                cell.mul_(f).addcmul_(i, g)
+                inner = torch.tanh(cell)
+                if project is None:
+                    torch.mul(inner, o, out=state)
+                else:
+                    state.copy_(project(inner.mul_(o)))
+                output.copy_(state)
         kept = (gates,) if remake is None else (outputs, *remake)
-        ctx.save_for_backward(h0, c0, base, left, right, base_r, left_r, right_r, *kept)
+        ctx.save_for_backward(base, left, right, base_r, left_r, right_r, torch.cat(starts), *kept)
         ctx.batch_sizes, ctx.reverse = batch_sizes, reverse
         return outputs, h, c
 
@@ -235,86 +226,71 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, d_outputs: Tensor, d_hn: Tensor, d_cn: Tensor) -> tuple[Tensor | None, ...]:
-        h0, c0, base, left, right, base_r, left_r, right_r, *kept = ctx.saved_tensors
-        direction = (ctx.batch_sizes, ctx.reverse)
-        right_trains, right_r_trains = ctx.needs_input_grad[5], ctx.needs_input_grad[8]
+        base, left, right, base_r, left_r, right_r, starts, *kept = ctx.saved_tensors
+        batch, outputs = d_cn.shape[0], None
         if len(kept) == 1:
             d = kept[0].clone() if graph_is_kept() else kept[0]
         else:
-            d = _rematerialize(kept[0], InputProduct(*kept[1:]), h0, (base, left, right), direction)
-        d_projected = project = None
+            outputs, *remake = kept
+            d = low_rank_linear(*remake)
+        recurrent = FactorGradients(left, right, both=ctx.needs_input_grad[5])
+        back = RowProduct(base.t(), right.t(), left.t(), batch)
+        projected = project = None
         if base_r is not None:
-            project = RowProduct(base_r.t(), right_r.t(), left_r.t(), c0.shape[0])
-            d_projected = d_outputs.new_empty(d_outputs.shape)
-        back = RowProduct(base.t(), right.t(), left.t(), c0.shape[0])
+            projected = FactorGradients(left_r, right_r, both=ctx.needs_input_grad[8])
+            project = RowProduct(base_r.t(), right_r.t(), left_r.t(), batch)
         d_h, d_c = d_hn.clone(), d_cn.clone()
-        c = cells(d, c0, *direction)
-        for block in blocks(ctx.batch_sizes, ctx.reverse)[::-1]:
-            d_h = _backward_block(block, ctx.reverse, d, c, c0, d_outputs, d_projected, d_h, d_c, back, project)
-        del back, project
+        steps = blocks(ctx.batch_sizes, ctx.reverse)
+        by_block = starts.split([block.batch_sizes[0] for block in steps])
+        for block, start in zip(steps[::-1], by_block[::-1], strict=True):
+            rows, order = slice(block.start, block.end), (block.batch_sizes, ctx.reverse)
+            h_start, c_start = start.split((d_h.shape[1], d_c.shape[1]), dim=1)
+            gates = d[rows]
+            if outputs is not None:
+                h_before = previous(outputs[rows], h_start, *order)
+                _activate_(gates.addmm_(h_before, base.t()).addmm_(h_before @ right.t(), left.t()))
+            inner, d_output = _backward_block(*order, gates, c_start, d_outputs[rows], d_h, d_c, back, project)
+            h = inner
+            if projected is not None:
+                projected.add(d_output, inner)
+                h = low_rank_linear(inner, base_r, None, left_r, right_r)
+            recurrent.add(gates, previous(h, h_start, *order))
+        d_factors = recurrent.result()
+        d_projection = (None, None) if projected is None else projected.result()
+        return d, d_h, d_c, None, *d_factors, None, *d_projection, None, None, None
 
-        inner = outputs = c  # each block has left o tanh(c) there
-        d_left_r = d_right_r = None
-        if base_r is not None and d_projected is not None:
-            outputs = low_rank_linear(inner, base_r, None, left_r, right_r)
-            d_left_r = d_projected.t() @ (inner @ right_r.t())
-            d_right_r = (d_projected @ left_r).t() @ inner if right_r_trains else None
-        d_left, d_right = factor_gradients(d, outputs, h0, left, right, direction, right_trains)
-        return d, d_h, d_c, None, d_left, d_right, None, d_left_r, d_right_r, None, None, None
 
-
-def _activate_(i_and_f: Tensor, g: Tensor, o: Tensor) -> None:
+def _activate_(gates: Tensor) -> None:
+    i_and_f, g, o = gates.split((gates.shape[1] // 2, gates.shape[1] // 4, gates.shape[1] // 4), dim=1)
     i_and_f.sigmoid_()
     g.tanh_()
     o.sigmoid_()
 
 
-def _rematerialize(
-    outputs: Tensor,
-    remake: InputProduct,
-    h0: Tensor,
-    recurrent: tuple[Tensor, Tensor, Tensor],
-    direction: tuple[Sequence[int], bool],
-) -> Tensor:
-    """The activated gates (N x 4H) of all steps, from what the steps put out."""
-    gates = low_rank_linear(*remake)
-    base, left, right = recurrent
-    h_before = previous(outputs, h0, *direction)
-    gates.addmm_(h_before, base.t()).addmm_(h_before @ right.t(), left.t())
-    hidden = gates.shape[1] // 4
-    _activate_(gates[:, : 2 * hidden], gates[:, 2 * hidden : 3 * hidden], gates[:, 3 * hidden :])
-    return gates
-
-
 def _backward_block(
-    block: Block,
+    batch_sizes: Sequence[int],
     reverse: bool,
-    gates: Tensor,
-    c: Tensor,
-    c0: Tensor,
+    d: Tensor,
+    c_start: Tensor,
     d_outputs: Tensor,
-    d_projected: Tensor | None,
     d_h: Tensor,
     d_c: Tensor,
     back: RowProduct,
     project: RowProduct | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The backward recursion through one block of steps, last step first.
 
-    Turns the block's rows of ``gates`` into their gradients, and those of ``c`` into o tanh(c); fills in the block's
-    rows of ``d_projected``; moves ``d_c``, the gradients of the cells, to before the block, and returns ``d_h`` there.
+    Turns ``d``, the activated gates, into their gradients, and moves ``d_h`` and ``d_c``, the gradients of the states
+    and the cells, to before the block. Returns o tanh(c) and the gradients of the steps' outputs.
 
     What each step's gradients get multiplied with is computed for all steps of the block at once: dh meets
     k = o (1 - tanh^2 c) on its way to dc, and o (1 - o) tanh c on its way to the gate o; dc meets i (1 - i) c~,
     f (1 - f) c_{t-1} and i (1 - c~^2) on its way to i, f and c~, and f on its way to the step before.
     """
-    rows = slice(block.start, block.end)
-    d = gates[rows]
     i, f, g, o = d.chunk(4, dim=1)
-    inner = c[rows]
+    inner = cells(d, c_start, batch_sizes, reverse)
     keep = f.clone()
-    before = _state_before(block, c, c0)
-    f.neg_().add_(1).mul_(previous(inner, before, block.batch_sizes, reverse).mul_(keep))
+    f.neg_().add_(1).mul_(previous(inner, c_start, batch_sizes, reverse).mul_(keep))
     fresh = i * g
     g.square_().neg_().add_(1).mul_(i)
     i.neg_().add_(1).mul_(fresh)
@@ -323,28 +299,21 @@ def _backward_block(
     k = torch.addcmul(o, inner, tanh_c, value=-1)
     o.neg_().add_(1).mul_(inner)
 
+    d_state = d_outputs if project is None else torch.empty_like(d_outputs)
     i_f_g = d[:, : -o.shape[1]].unflatten(1, (3, o.shape[1]))
-    d_output = d_outputs[rows]
-    kept = d_output if d_projected is None else d_projected[rows]
-    views = (d, i_f_g, o, k, keep, d_output, kept)
-    by_step = [run_order(view, block.batch_sizes, reverse)[::-1] for view in views]
-    for d_gate, d_ifg, d_o, k_t, keep_t, d_out_t, kept_t in zip(*by_step, strict=True):
+    by_step = [run_order(view, batch_sizes, reverse)[::-1] for view in (d, i_f_g, o, k, keep, d_outputs, d_state)]
+    for d_gate, d_ifg, d_o, k_t, keep_t, d_output, d_projected in zip(*by_step, strict=True):
         active = d_gate.shape[0]
-        full = active == d_h.shape[0]
-        d_out = (d_h if full else d_h[:active]).add_(d_out_t)
+        d_out = d_h[:active].add_(d_output)
         if project is not None:
-            kept_t.copy_(d_out)
+            d_projected.copy_(d_out)
             d_out = project(d_out)
-        d_cell = d_c if full else d_c[:active]
-        d_cell.addcmul_(d_out, k_t)
+        d_cell = d_c[:active].addcmul_(d_out, k_t)
         d_o.mul_(d_out)
         d_ifg.mul_(d_cell.unsqueeze(1))
         d_cell.mul_(keep_t)
-        if full:
-            d_h = back(d_gate)
-        else:
-            d_h[:active] = back(d_gate)
-    return d_h
+        d_h[:active] = back(d_gate)
+    return inner, d_state
 
 
 def graph_is_kept() -> bool:

@@ -14,14 +14,15 @@ import sys
 _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
-def release_freed_memory(from_bytes: int = 1 << 18) -> bool:
+def release_freed_memory(from_bytes: int = 1 << 20) -> bool:
     """From now on, return every freed block of at least ``from_bytes`` to the operating system at once.
 
     It holds for the whole process and until its end, and costs page faults where large tensors are made anew in each
     step. ``memfit.fit`` calls it. On a system whose allocator is not glibc's, nothing happens.
 
     Args:
-        from_bytes: at least 4096. Smaller values leave smaller holes and cost more.
+        from_bytes: at least 4096. Smaller values leave smaller holes and cost more: for a Llama of 58 million
+            parameters on a CPU 2 % of a step's time at 1 MiB, and 45 % at 256 KiB.
 
     Returns:
         whether the allocator took the setting.
