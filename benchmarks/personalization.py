@@ -33,7 +33,7 @@ from memfit.speech.metrics import transcribe, word_error_rate
 
 RESULTS = Path(__file__).parent / "results" / "personalization.json"
 SEEDS = range(5)
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 METHODS: dict[str, dict[str, Any]] = {
     "low-rank": {"method": "low-rank"},
     "dense momentum": {"method": "momentum"},
