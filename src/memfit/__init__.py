@@ -11,7 +11,7 @@ from memfit.errors import (
 )
 from memfit.fit import FitResult, StepRecord, fit
 from memfit.gradients.low_rank import LowRankGradient
-from memfit.ledger import Ledger, Peak, ProcessPeak, ledger, process_peak
+from memfit.ledger import Ledger, Peak, ProcessPeak, estimate, ledger, process_peak
 from memfit.schedule.allocator import release_freed_memory
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Technique",
     "TrainingError",
     "convert_",
+    "estimate",
     "fit",
     "ledger",
     "process_peak",

@@ -32,6 +32,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             :attr:`modules`.
         *optimizers: the optimizers that step in the region. Their state counts from the start; the state of one that
             is not named counts from the first use on.
+        fake: count fake tensors, at the size of what they stand for, and nothing else (:func:`memfit.estimate`).
 
     Raises:
         MemfitError: an argument is not what it should be, or the same ledger is entered twice.
@@ -44,7 +45,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         >>> book.peak.activations, book.peak.total
     """
 
-    def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
+    def __init__(self, model: nn.Module, *optimizers: Optimizer, fake: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise MemfitError(f"memfit.ledger needs a torch.nn.Module first, not {type(model).__name__}.")
         for optimizer in optimizers:
@@ -54,7 +55,7 @@ class Ledger(AbstractContextManager["Ledger"]):
                     f"as in ledger(model, optimizer), not {type(optimizer).__name__}."
                 )
         self._account = Account()
-        self._tracker: Tracker | None = Tracker(self._account, model, optimizers)
+        self._tracker: Tracker | None = Tracker(self._account, model, optimizers, fake)
         self._watching: AbstractContextManager[None] | None = None
         self._started = 0.0
         self._figures: tuple[Peak, Instant, dict[str, Peak]] | None = None

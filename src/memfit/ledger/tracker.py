@@ -84,14 +84,18 @@ class Tracker:
         model: its parameters and buffers are the weights.
         optimizers: their state counts from the start; that of an optimizer that is not named here counts as soon as
             it steps.
+        fake: whether to count fake tensors in place of real ones.
     """
 
-    def __init__(self, account: Account, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    def __init__(self, account: Account, model: nn.Module, optimizers: Iterable[Optimizer], fake: bool = False) -> None:
         self.account = account
         self.position = Position(account, model, self._claim_gradients, self._claim_states)
         self._model = model
         self._optimizers = list(optimizers)
-        self._device = next((tensor.device.type for tensor in model.parameters()), "cpu")
+        # What counts: storages on the model's kind of device. Tensors on the device "meta" have no bytes, but the
+        # storage of a fake tensor is on it.
+        device = next((tensor.device.type for tensor in model.parameters()), "cpu")
+        self._device = "meta" if fake else device if device != "meta" else None
         self._live: dict[int, _Reference] = {}
         self._lock = threading.RLock()
         self._when_freed = self._freed  # one bound method for all references
@@ -145,8 +149,7 @@ class Tracker:
             reference = _Reference(storage, self._when_freed)
             reference.address = storage._cdata
             reference.entry = None
-            # A tensor on the device "meta", as a fake tensor's inside is, has no bytes.
-            if storage.device.type == self._device and self._device != "meta":
+            if storage.device.type == self._device:
                 reference.entry = self.account.open(
                     perf_counter(),
                     size(storage),
