@@ -27,11 +27,13 @@ from typing import Any
 
 import torch
 
+from memfit.errors import require
 from memfit.speech import personalize as task
 from memfit.speech.batches import Batches
 from memfit.speech.metrics import transcribe, word_error_rate
 
 RESULTS = Path(__file__).parent / "results" / "personalization.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "personalization.svg"
 SEEDS = range(5)
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 METHODS: dict[str, dict[str, Any]] = {
@@ -89,7 +91,9 @@ def main() -> None:
             runs[pending[run]] = run.result()
             write(runs, options.speakers)
     write(runs, options.speakers)
-    show(summary(runs, options.speakers))
+    found = summary(runs, options.speakers)
+    show(found)
+    draw(found)
 
 
 def summary(runs: dict[str, float], speakers: list[str]) -> dict[str, Any]:
@@ -135,6 +139,27 @@ def show(found: dict[str, Any]) -> None:
             means = "".join(f"{rate:>9.1%}" for rate in row[name]["wer_by_lr"].values())
             print(f"{name:18}{means}{row[name]['wer']:>9.1%}{row[name]['of_before']:>11.2f}")
     print("\nmean over the speakers: " + ", ".join(f"{name} {rate:.1%}" for name, rate in found["mean"].items()))
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Word error rates over the learning rates, a panel per speaker."""
+    pyplot = require("matplotlib.pyplot", extra="bench")
+    speakers = [speaker for speaker in found if speaker != "mean"]
+    figure, panels = pyplot.subplots(
+        1, len(speakers), figsize=(2.8 * len(speakers) + 0.6, 3.2), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, speaker in zip(panels[0], speakers, strict=True):
+        row = found[speaker]
+        axes.axhline(100 * row["before"], color="grey", linestyle=":", label="before")
+        for name in METHODS:
+            rates = [100 * rate for rate in row[name]["wer_by_lr"].values()]
+            axes.plot(LEARNING_RATES, rates, marker="o", markersize=3, label=name)
+        axes.set(xscale="log", xlabel="learning rate", title=speaker, ylim=(0, 35))
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("word error rate, %")
+    panels[0][-1].legend(frameon=False, fontsize="small")
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, metadata={"Date": None})
 
 
 if __name__ == "__main__":
