@@ -59,7 +59,8 @@ def test_the_lines_sum_to_the_total_at_every_event_and_the_peak_is_the_largest(e
     assert [sample.lines.total for sample in samples] == totals
     assert all(getattr(sample.lines, line) >= 0 for sample in samples for line in LINES)
 
-    peak, _, modules = account.at_peak(started=0.0)
+    peak, _, modules, tensors = account.at_peak(started=0.0)
+    assert sum(tensor.nbytes for tensor in tensors) == peak.total
     assert peak.total == max(totals)
     assert peak == samples[totals.index(max(totals))].lines
     for line in LINES:
@@ -97,6 +98,6 @@ def test_a_storage_with_two_claims_is_on_one_line() -> None:
     entry.claim(GRADIENTS, "a")
     entry.claim(OPTIMIZER, "b")
     entry.claim(GRADIENTS, "c")
-    peak, _, modules = account.at_peak(0.0)
+    peak, _, modules, _ = account.at_peak(0.0)
     assert peak == Peak(optimizer=10)
     assert modules == {"b": Peak(optimizer=10)}

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from memfit.ledger.source import Place, describe_place
+
 LINES = ("weights", "gradients", "optimizer", "activations", "workspace")
 """The five lines of the account, in the order in which they are shown."""
 
@@ -82,6 +84,45 @@ class Instant:
     operator: str
 
 
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """One tensor's memory at the peak.
+
+    Attributes:
+        nbytes: of its storage; tensors that share one count once, by the first that was seen.
+        line: which of the five lines it is on.
+        shape: of the tensor.
+        dtype: such as ``"float32"``.
+        module: the module that it belongs to or was made in, ``""`` for code outside of modules.
+        phase: when it was made, as in :class:`Instant`; ``"start"`` for what was there before the region.
+        operator: what made it, such as ``"aten.mm"``; ``""`` for what was there before.
+        source: the line of code outside of PyTorch and memfit at which it was made, as in ``"model.py:42 in forward"``;
+            of backward's tensors that is the line that called ``backward``. ``""`` for what was there before.
+    """
+
+    nbytes: int
+    line: str
+    shape: tuple[int, ...]
+    dtype: str
+    module: str
+    phase: str
+    operator: str
+    source: str
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+class AtPeak(NamedTuple):
+    """What the peak was made of: its lines, when it was, the lines by module, and all tensors, largest first."""
+
+    peak: Peak
+    instant: Instant
+    modules: dict[str, Peak]
+    tensors: list[LiveTensor]
+
+
 @dataclass(slots=True)
 class Entry:
     """One tensor storage: where it came from and, in the end, which line it is on."""
@@ -98,6 +139,11 @@ class Entry:
     """Whether it was there before the region."""
     birth: int
     """Number of events before it was made."""
+    shape: tuple[int, ...]
+    """Of the first tensor that was seen on it."""
+    dtype: str
+    place: Place | None
+    """The line of the user's code that made it."""
     death: int | None = None
     """Number of events after it was freed; None while it is alive."""
     claimed: int | None = None
@@ -128,7 +174,19 @@ class Account:
         """Number of events so far."""
         return len(self._events) // 3
 
-    def open(self, seconds: float, nbytes: int, *, phase: str, module: str, operator: str, existed: bool) -> Entry:
+    def open(
+        self,
+        seconds: float,
+        nbytes: int,
+        *,
+        phase: str,
+        module: str,
+        operator: str,
+        existed: bool,
+        shape: tuple[int, ...] = (),
+        dtype: str = "",
+        place: Place | None = None,
+    ) -> Entry:
         """Enter a new storage; one that existed before the region counts from the region's start."""
         entry = Entry(
             index=len(self.entries),
@@ -139,6 +197,9 @@ class Account:
             initial=nbytes if existed else 0,
             existed=existed,
             birth=0 if existed else len(self),
+            shape=shape,
+            dtype=dtype,
+            place=place,
         )
         self.entries.append(entry)
         if nbytes and not existed:
@@ -208,8 +269,8 @@ class Account:
             samples.append(Sample(seconds - started, Peak(*totals)))
         return samples
 
-    def at_peak(self, started: float) -> tuple[Peak, Instant, dict[str, Peak]]:
-        """The lines at the first instant of the largest total, that instant, and its lines by module."""
+    def at_peak(self, started: float) -> AtPeak:
+        """The first instant of the largest total, and what is there then."""
         lines = self.lines()
         total = highest = sum(self.initial(lines))
         count, peak_event = 0, None
@@ -223,14 +284,28 @@ class Account:
             alive[index] += change
         totals = [0] * len(LINES)
         modules: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(LINES))
+        tensors = []
         for entry, line, nbytes in zip(self.entries, lines, alive, strict=False):
             if nbytes:
                 totals[line] += nbytes
                 owner = entry.module if entry.owner is None else entry.owner
                 modules[owner][line] += nbytes
+                tensors.append(
+                    LiveTensor(
+                        nbytes=nbytes,
+                        line=LINES[line],
+                        shape=entry.shape,
+                        dtype=entry.dtype,
+                        module=owner,
+                        phase=START if entry.existed else entry.phase,
+                        operator="" if entry.existed else entry.operator,
+                        source="" if entry.existed else describe_place(entry.place),
+                    )
+                )
         instant = Instant(0.0, START, "", "")
         if peak_event is not None:
             seconds, index, _ = peak_event
             entry = self.entries[index]
             instant = Instant(seconds - started, entry.phase, entry.module, entry.operator)
-        return Peak(*totals), instant, {name: Peak(*modules[name]) for name in sorted(modules)}
+        tensors.sort(key=lambda tensor: -tensor.nbytes)
+        return AtPeak(Peak(*totals), instant, {name: Peak(*modules[name]) for name in sorted(modules)}, tensors)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memfit.errors import MemfitError
-from memfit.ledger.account import Account, Instant, Peak, Sample
+from memfit.ledger.account import Account, AtPeak, Instant, LiveTensor, Peak, Sample
 from memfit.ledger.report import text
 from memfit.ledger.tracker import Tracker
 
@@ -58,7 +58,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         self._tracker: Tracker | None = Tracker(self._account, model, optimizers, fake)
         self._watching: AbstractContextManager[None] | None = None
         self._started = 0.0
-        self._figures: tuple[Peak, Instant, dict[str, Peak]] | None = None
+        self._figures: AtPeak | None = None
 
     def __enter__(self) -> Ledger:
         if self._watching is not None or self._tracker is None:
@@ -77,7 +77,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         finally:
             self._tracker = self._watching = None
 
-    def _at_peak(self) -> tuple[Peak, Instant, dict[str, Peak]]:
+    def _at_peak(self) -> AtPeak:
         if self._figures is not None:
             return self._figures
         figures = self._account.at_peak(self._started)
@@ -88,12 +88,12 @@ class Ledger(AbstractContextManager["Ledger"]):
     @property
     def peak(self) -> Peak:
         """The five lines, in bytes, at the first instant of the largest total; while the region is open, up to now."""
-        return self._at_peak()[0]
+        return self._at_peak().peak
 
     @property
     def instant(self) -> Instant:
         """When, in which phase, module and operator the peak was reached."""
-        return self._at_peak()[1]
+        return self._at_peak().instant
 
     @property
     def modules(self) -> Mapping[str, Peak]:
@@ -102,8 +102,13 @@ class Ledger(AbstractContextManager["Ledger"]):
         A module's figure is its own, without that of its children. ``""`` is the model itself and whatever belongs to
         no module: the batch, the loss, what an optimizer makes for all parameters together.
         """
-        modules = self._at_peak()[2]
+        modules = self._at_peak().modules
         return dict(sorted(modules.items(), key=lambda item: -item[1].total))
+
+    @property
+    def tensors(self) -> list[LiveTensor]:
+        """The tensors that are there at the peak, largest first: shape, line, and what made them."""
+        return list(self._at_peak().tensors)
 
     @property
     def timeline(self) -> list[Sample]:
@@ -111,8 +116,8 @@ class Ledger(AbstractContextManager["Ledger"]):
         return self._account.timeline(self._started)
 
     def to_dict(self) -> dict[str, object]:
-        """The peak, its instant and its modules as plain values for JSON; bytes are integers."""
-        peak, instant, _ = self._at_peak()
+        """The peak, its instant, modules and ten largest tensors as plain values for JSON; bytes are integers."""
+        peak, instant, _, tensors = self._at_peak()
         return {
             "peak": peak.to_dict(),
             "instant": {
@@ -122,6 +127,7 @@ class Ledger(AbstractContextManager["Ledger"]):
                 "operator": instant.operator,
             },
             "modules": {name: lines.to_dict() for name, lines in self.modules.items()},
+            "tensors": [tensor.to_dict() for tensor in tensors[:10]],
         }
 
     def __str__(self) -> str:

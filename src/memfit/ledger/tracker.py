@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.ledger.account import BACKWARD, FORWARD, GRADIENTS, OPTIMIZER, START, STEP, WEIGHTS, Account, Entry
 from memfit.ledger.phases import Position
+from memfit.ledger.source import user_place
 from memfit.ledger.tensors import Memory, reachable, size, storages, tensors_in
 
 _aten = torch.ops.aten
@@ -137,14 +138,14 @@ class Tracker:
             for storage in storages(result):
                 reference = self._live.get(storage._cdata)
                 if reference is None:
-                    self._open(storage, existed=False)
+                    self._open(storage, result, existed=False)
                 elif reference.entry is not None and reference.entry.nbytes != size(storage):
                     self.account.resize(reference.entry, perf_counter(), size(storage))
         elif type(result) is list or type(result) is tuple:
             for value in result:
                 self.enter(value)
 
-    def _open(self, storage: Memory, *, existed: bool) -> Entry | None:
+    def _open(self, storage: Memory, tensor: Tensor, *, existed: bool) -> Entry | None:
         with self._lock:
             reference = _Reference(storage, self._when_freed)
             reference.address = storage._cdata
@@ -157,6 +158,9 @@ class Tracker:
                     module="" if existed else self.position.module(),
                     operator=self.position.operator,
                     existed=existed,
+                    shape=tuple(tensor.shape),
+                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    place=None if existed else user_place(),
                 )
             self._live[reference.address] = reference
             return reference.entry
@@ -164,7 +168,7 @@ class Tracker:
     def _discover(self, tensor: Tensor, storage: Memory) -> None:
         """Enter a storage that nothing in the region was seen to make."""
         existed = self.position.phase in (BACKWARD, STEP) or self._was_there(storage)
-        entry = self._open(storage, existed=existed)
+        entry = self._open(storage, tensor, existed=existed)
         if entry is None:
             return
         if isinstance(tensor, nn.Parameter):
@@ -240,7 +244,7 @@ class Tracker:
                 entry = reference.entry
             else:
                 existed = self.position.phase is START or self._was_there(storage)
-                entry = self._open(storage, existed=existed)
+                entry = self._open(storage, tensor, existed=existed)
             if entry is not None:
                 entry.claim(line, owner)
                 self._claim_terms(entry, line, owner)
