@@ -3,7 +3,7 @@
 Memory: each method trains in a fresh process. The figure is the growth of the process's peak resident memory from after
 the imports and two steps of a tiny recognizer of the same kind (which load the libraries' code) to the end of three
 steps; beside it, from a process of its own, the ledger's total. Every method runs twice: with the C library's allocator
-as it is, and after `memfit.release_freed_memory()`, which `memfit.fit` calls.
+as it is, and after `memfit.release_freed_memory()`, which `memfit.fit` calls where no dense LSTM trains.
 
 Time: all methods in one process, one step each in turn, medians.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -57,7 +58,8 @@ def main() -> None:
         sys.exit(subprocess.call([*torchrun, *sys.argv]))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    train(arguments)  # a function of its own: a wrapped model that outlives its process group can hang at exit
+    train(arguments)  # a function of its own: a wrapped model that outlives its process group can hang at exit,
+    gc.collect()  # and fully_shard's live on until they are collected
     dist.destroy_process_group()
 
 

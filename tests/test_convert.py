@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import memfit
+from memfit.convert import ConvertedLayer
 from memfit.gradients.low_rank_layer import LowRankLinear
 
 
@@ -118,7 +121,7 @@ def test_layers_better_left_dense_are_left_by_wildcards_and_refused_when_meant()
         ("decoder.*", 2, ["'decoder.*' matched no layer", "'encoder'", "'head.0'"]),
         ("norm", 2, ["layer 'norm' is a LayerNorm", "Linear, ", "LSTM", "Conv1D of transformers"]),
         (lambda name, module: name == "norm", 2, ["matched no layer"]),
-        ("head.*", 13, ["layer 'head.2'", "11 x 14", "at most 11, not 13"]),
+        ("head.*", 15, ["layer 'head.2'", "11 x 14", "at most 11, not 15"]),
         ("encoder", 10, ["layer 'encoder'", "36 x 9", "at most 9, not 10"]),
     ],
 )
@@ -323,3 +326,45 @@ def test_a_recurrent_layer_whose_weights_are_computed_is_left_out() -> None:
     assert type(model[0]) is nn.LSTM
     with pytest.raises(memfit.ConversionError, match="weight norm"):
         memfit.convert_(model, memfit.LowRankGradient(rank=1), "0")
+
+
+def test_a_wildcard_leaves_layers_dense_that_are_too_thin_for_the_rank() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.LSTM(12, 3), nn.Linear(12, 4))
+    memfit.convert_(model, memfit.LowRankGradient(rank=5))
+    assert [isinstance(layer, ConvertedLayer) for layer in model] == [True, False, False]
+    with pytest.raises(memfit.ConversionError, match="4 x 12, so the rank may be at most 4, not 5: lower it"):
+        memfit.convert_(nn.Sequential(nn.Linear(12, 4)), memfit.LowRankGradient(rank=5), where="0")
+    with pytest.raises(memfit.ConversionError, match=r"matched no layer .* at most 4"):
+        memfit.convert_(nn.Linear(12, 4), memfit.LowRankGradient(rank=5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((nn.Linear(4, 4), "low-rank"), "needs a technique such as .* not 'low-rank'"),
+        ((nn.Linear(4, 4), memfit.LowRankGradient), "not the class LowRankGradient"),
+        ((5, memfit.LowRankGradient(rank=2)), "needs a torch.nn.Module first, not int"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments: tuple[Any, Any], said: str) -> None:
+    with pytest.raises(memfit.ConversionError, match=said):
+        memfit.convert_(*arguments)
+
+
+def test_a_technique_is_written_as_it_was_given() -> None:
+    assert str(memfit.LowRankGradient(rank=4)) == "LowRankGradient(rank=4)"
+    assert str(memfit.LowRankGradient(rank=4, sides="left")) == "LowRankGradient(rank=4, sides='left')"
+
+
+def test_an_optimizer_from_before_the_conversion_is_warned_of_once() -> None:
+    model = nn.Linear(6, 6)
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    memfit.convert_(model, memfit.LowRankGradient(rank=2))
+    model(torch.ones(1, 6)).sum().backward()
+    with pytest.warns(UserWarning, match=r"this SGD was made before memfit\.convert_"):
+        early.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        early.step()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        torch.optim.SGD([model.bias], lr=0.1).step()

@@ -23,20 +23,26 @@ def convert_(model: nn.Module, technique: Technique, where: Where = "*") -> nn.M
         technique: for example ``memfit.LowRankGradient(rank=16)``.
         where: which layers. A glob over the names of ``model.named_modules()`` (``"encoder.*"``), several globs, or a
             callable ``(name, module) -> bool``. A glob with wildcards takes the layers that the technique supports
-            and that train; a plain name, or a callable's yes, must be such a layer. The model itself is called ``""``.
+            and that train, and leaves those dense that are too thin for its rank (a classifier's last layer); a plain
+            name, or a callable's yes, must be such a layer. The model itself is called ``""``.
             Layers that share one Parameter (tied weights) are converted together and stay tied. When only some of
             them are chosen, by a wildcard, they are left as they are.
 
     Raises:
-        ConversionError: nothing matched; a layer is unsupported, frozen, converted already, shares its weight with
-            a layer that is not chosen, or does not suit the technique (for example a rank above the layer's); the
-            model is wrapped in DistributedDataParallel or sharded by fully_shard already: convert it before. The
-            model is then unchanged.
+        ConversionError: an argument is of another kind; nothing matched; a layer is unsupported, frozen, converted
+            already, shares its weight with a layer that is not chosen, or does not suit the technique (for example a
+            rank above the layer's); the model is wrapped in DistributedDataParallel or sharded by fully_shard already:
+            convert it before. The model is then unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
         >>> convert_(model, memfit.LowRankGradient(rank=8), where="0")
     """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"memfit.convert_ needs a torch.nn.Module first, not {type(model).__name__}.")
+    if not isinstance(technique, Technique):
+        given = f"the class {technique.__name__}" if isinstance(technique, type) else repr(technique)
+        raise ConversionError(f"memfit.convert_ needs a technique such as LowRankGradient(rank=16), not {given}.")
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel):
             raise ConversionError(
@@ -52,9 +58,7 @@ def convert_(model: nn.Module, technique: Technique, where: Where = "*") -> nn.M
     obstacles = {name: choice.kind.obstacle(choice.layer, technique) for name, choice in chosen.items()}
     if any(obstacles.values()):
         reasons = "; ".join(f"{label(name)} {reason}" for name, reason in obstacles.items() if reason)
-        raise ConversionError(
-            f"{technique} cannot convert these layers: {reasons}. Lower the rank, or leave them out of where."
-        )
+        raise ConversionError(f"{technique} cannot convert these layers: {reasons}. Leave them out of where.")
     for name, choice in chosen.items():
         choice.kind.convert_(choice.layer, technique, name)
     for first, *others in ties:

@@ -62,7 +62,7 @@ def fit(
     """Train a model for ``steps`` steps, with exact resume from a checkpoint.
 
     Memory that steps free goes back to the operating system at once (:func:`memfit.release_freed_memory`), unless the
-    model has recurrent layers of torch's own: backward through them makes and frees gradients of a weight's size at
+    model trains recurrent layers of torch's own: backward through them makes and frees gradients of a weight's size at
     every time step, and the page faults would double the time.
     A run that was killed at any instant and is resumed with the same arguments ends with bit-identical weights,
     optimizer state and losses. ``docs/checkpoints.md`` says what is stored, and what exactness asks of the data.
@@ -131,7 +131,7 @@ def fit(
         path=None if checkpoint is None else Path(checkpoint),
         settings=None if settings is None else json.loads(json.dumps(dict(settings))),
     )
-    if not any(isinstance(module, nn.RNNBase) and not isinstance(module, ConvertedLayer) for module in model.modules()):
+    if not any(_trains_as_torch_does(module) for module in model.modules() if isinstance(module, nn.RNNBase)):
         release_freed_memory()
     modes = {module: module.training for module in model.modules()}
     if not model.training:
@@ -349,3 +349,7 @@ class _Run(Generic[B]):
             state.unpack(self._load(), self.model, self.optimizer, self.scheduler, self.path)
             end = f"the weights of step {self.saved_at} are back, from {self.path}"
         raise TrainingError(f"{why}; {end}: lower the learning rate, or look at the data of these steps.")
+
+
+def _trains_as_torch_does(layer: nn.Module) -> bool:
+    return not isinstance(layer, ConvertedLayer) and any(weight.requires_grad for weight in layer.parameters())

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields
 from pkgutil import resolve_name
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ class Technique(ABC):
 
     layers: ClassVar[Mapping[type[nn.Module], type[ConvertedLayer]]]
     late_layers: ClassVar[Mapping[str, str]] = {}
+
+    def __str__(self) -> str:
+        """As it would be written: what was not given is left out."""
+        given = [each for each in fields(cast(Any, self)) if getattr(self, each.name) != each.default]
+        return f"{type(self).__name__}({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in given)})"
 
     def converter(self, kind: type[nn.Module]) -> type[ConvertedLayer] | None:
         """The class that takes the place of a layer type, or None where the technique does not convert it."""

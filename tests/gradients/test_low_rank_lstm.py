@@ -120,21 +120,24 @@ def test_gradcheck_of_a_whole_layer() -> None:
 
 def test_blocked_products_agree_with_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(47, 21)
     monkeypatch.setattr(lstm_recurrence, "_BLOCK_FROM", 1)
-    for base in (weight, weight.t()):
+    monkeypatch.setattr(lstm_recurrence, "_PIECE_BYTES", 512)
+    for shape, pieces in (((47, 21), 1), ((21, 47), 7), ((3, 470), 3), ((2, 16), 1)):
+        base = torch.randn(shape) if shape == (47, 21) else torch.randn(shape[::-1]).t()
         left, right = torch.randn(base.shape[0], 3), torch.randn(3, base.shape[1])
         product = RowProduct(base, left, right, 6)
-        assert len(product.blocked) == (1 if base is weight else lstm_recurrence._PIECES)
+        assert len(product.blocked) == pieces
         for rows in (1, 5, 6, 9):
             x, other = torch.randn(rows, base.shape[1]), torch.randn(rows, base.shape[0])
             expected = x @ (base + left @ right).t()
             torch.testing.assert_close(product(x), expected)
             torch.testing.assert_close(product.plus(other, x), other + expected)
-    low, plain = with_random_factors(nn.LSTM(12, 16, 2), rank=3)
-    x = torch.randn(9, 5, 12)
+    low, plain = with_random_factors(nn.LSTM(12, 16, 2, proj_size=6), rank=3)
+    x = torch.randn(37, 5, 12, requires_grad=True)
     for first, second in zip(flat(low(x)), flat(plain(x)), strict=True):
         torch.testing.assert_close(first, second)
+    gradients = [torch.autograd.grad(flat(layer(x))[0].square().sum(), x)[0] for layer in (low, plain)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_dropout_between_layers_is_drawn_as_nn_lstm_says() -> None:

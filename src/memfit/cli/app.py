@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from memfit.cli.console import say
 from memfit.cli.demo import demo
 from memfit.cli.personalize import personalize
+from memfit.cli.profile import profile
 from memfit.cli.transcribe import transcribe
 from memfit.errors import MemfitError
 from memfit.speech.personalize import InterruptedRun
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.command()(personalize)
 app.command()(transcribe)
+app.command()(profile)
 app.command()(demo)
 
 

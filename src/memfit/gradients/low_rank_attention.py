@@ -46,7 +46,9 @@ class LowRankMultiheadAttention(LowRankLayer, nn.MultiheadAttention):
     @classmethod
     def unsupported(cls, layer: nn.Module, technique: Technique) -> str | None:
         kind = type(layer.out_proj)
-        return None if kind is NonDynamicallyQuantizableLinear else f"has an out_proj of another type, {kind.__name__}"
+        if kind is not NonDynamicallyQuantizableLinear:
+            return f"has an out_proj of another type, {kind.__name__}"
+        return super().unsupported(layer, technique)
 
     def plain_state(self, made: dict[nn.Module, Tensor]) -> dict[str, Tensor]:
         state = super().plain_state(made)

@@ -34,7 +34,7 @@ class _LowRankConvolution(LowRankLayer, _ConvNd):
         rows, columns = matrix_shape(layer.weight, cls.inputs_first)
         sides = (rows, columns // layer.groups) if cls.inputs_first else (rows // layer.groups, columns)
         if layer.groups == 1 or rank < min(sides):
-            return None
+            return super().unsupported(layer, technique)
         return (
             f"has {layer.groups} groups with a weight of {sides[0]} x {sides[1]} each, where factors of rank {rank} "
             f"save nothing: leave it out of where"

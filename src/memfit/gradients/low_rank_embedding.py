@@ -34,7 +34,7 @@ class LowRankEmbedding(LowRankLayer, nn.Embedding):
             return "has max_norm, which rewrites rows of the weight in forward, where a converted weight is frozen"
         if layer.scale_grad_by_freq:
             return "has scale_grad_by_freq, which weighs the rows of a gradient that is never formed"
-        return None
+        return super().unsupported(layer, technique)
 
     def forward(self, input: Tensor) -> Tensor:
         matrix = self.matrix("weight")

@@ -31,16 +31,24 @@ class LowRankLayer(ConvertedLayer):
     """Whether the weights are stored inputs by outputs, so that their matrix is the transpose."""
 
     @classmethod
-    def obstacle(cls, layer: nn.Module, technique: Technique) -> str | None:
+    def unsupported(cls, layer: nn.Module, technique: Technique) -> str | None:
+        """A matrix with a side below the rank: factors would be larger than it."""
         rank = cast("LowRankGradient", technique).rank
         for name in cls.weight_names(layer):
-            weight = layer._parameters[name]
-            assert weight is not None
+            sides = matrix_shape(cast(Tensor, layer._parameters[name]), cls.inputs_first)
+            if rank > min(sides):
+                return (
+                    f"has a {name} of {sides[0]} x {sides[1]}, so the rank may be at most {min(sides)}, not {rank}: "
+                    "lower it, or leave the layer out of where"
+                )
+        return None
+
+    @classmethod
+    def obstacle(cls, layer: nn.Module, technique: Technique) -> str | None:
+        for name in cls.weight_names(layer):
+            weight = cast(Tensor, layer._parameters[name])
             if not weight.is_floating_point():
                 return f"has a {name} of dtype {weight.dtype}, which does not train"
-            sides = matrix_shape(weight, cls.inputs_first)
-            if rank > min(sides):
-                return f"has a {name} of {sides[0]} x {sides[1]}, so the rank may be at most {min(sides)}, not {rank}"
         return None
 
     @classmethod

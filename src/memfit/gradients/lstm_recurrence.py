@@ -31,8 +31,9 @@ from memfit.gradients.low_rank_product import low_rank_linear
 # A weight of this many elements no longer fits the inner caches. oneDNN's blocked layout then streams it 3 to 5 times
 # faster through many products of a few rows each than the BLAS does, which repacks it every time.
 _BLOCK_FROM = 512 * 512
-# oneDNN reorders a transposed weight from a plain copy of it. In so many pieces, the copy is of one piece at a time.
-_PIECES = 8
+# oneDNN reorders a transposed weight from a plain copy of it. In pieces of about this size, the copy is of one piece at
+# a time; smaller ones would slow the products down.
+_PIECE_BYTES = 3 << 20
 # Backward works on this many steps at once: enough to hide the cost of a call, few enough to keep temporaries small.
 _BLOCK_STEPS = 16
 
@@ -54,7 +55,8 @@ class RowProduct:
             and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         ):
-            pieces = (base,) if base.is_contiguous() else base.tensor_split(_PIECES)
+            count = 1 if base.is_contiguous() else max(1, min(base.nbytes // _PIECE_BYTES, base.shape[0]))
+            pieces = base.tensor_split(count)
             self.blocked = [torch.ops.mkldnn._reorder_linear_weight(piece.detach(), rows) for piece in pieces]
             self.left, self.right = left.t(), right.t().contiguous()
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 import weakref
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 _LINEAR = frozenset({"exp_avg", "momentum_buffer"})
 _QUADRATIC = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
+_all: weakref.WeakSet[LowRankMatrix] = weakref.WeakSet()
 _refreshing: weakref.WeakSet[LowRankMatrix] = weakref.WeakSet()
 _optimizers = WeakIdKeyDictionary()  # factor -> a weak reference to the optimizer that last moved it
+_looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _steps = threading.local()  # .running: the steps that this thread is in, outermost first
 
 
@@ -45,20 +48,38 @@ class _Step(NamedTuple):
 def watch(matrix: LowRankMatrix) -> None:
     """From now on call ``matrix.before_step`` and ``after_step`` around the steps of the optimizers of its factors.
 
-    The one before each step of the optimizer that holds the right factor, the other after the left factor's. Does
-    nothing for a matrix that is never refreshed.
+    The one before each step of the optimizer that holds the right factor, the other after the left factor's; neither
+    for a matrix that is never refreshed. An optimizer that would not train the factors is told of.
     """
+    _all.add(matrix)
     if matrix.refresh is not None:
         _refreshing.add(matrix)
 
 
 def unwatch(matrix: LowRankMatrix) -> None:
     """Undo :func:`watch`."""
+    _all.discard(matrix)
     _refreshing.discard(matrix)
+
+
+def _warn_once(optimizer: Optimizer) -> None:
+    """Warn if an optimizer holds a weight from before its conversion and not the factors that train in its place."""
+    if optimizer in _looked_at:
+        return
+    _looked_at.add(optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(id(matrix.base) in held and id(matrix.left) not in held for matrix in _all):
+        warnings.warn(
+            f"this {type(optimizer).__name__} was made before memfit.convert_ and does not train the converted layers: "
+            "make it after the conversion.",
+            stacklevel=4,
+        )
 
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     """Torch's hook before a step: gradients of bases are put aside, after the closure where there is one."""
+    if _all:
+        _warn_once(optimizer)
     if not _refreshing:
         return None
     # Steps within a step are those of an optimizer that wraps or extends another: the outermost one counts.

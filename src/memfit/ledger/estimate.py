@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
 B = TypeVar("B")
+T = TypeVar("T")
 
 
 def estimate(
@@ -61,18 +62,40 @@ def estimate(
     """
     if not isinstance(optimizer, Optimizer):
         raise MemfitError(f"memfit.estimate needs a torch.optim optimizer last, not {type(optimizer).__name__}.")
+    fake = fake_tensor_mode()
+    model, optimizer, batch = fake_copy(fake, (model, optimizer, batch), device)
+    return second_step(fake, model, batch, loss, optimizer)
+
+
+def fake_tensor_mode() -> FakeTensorMode:
+    """A mode under which operators only find out what their results look like."""
     # Not before it is needed: this imports a part of the compiler.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    _teach_shapes()
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_copy(fake: FakeTensorMode, value: T, device: str | torch.device = "cpu") -> T:
+    """A deep copy with fake tensors in place of all tensors; those on ``meta`` are on ``device``."""
+    with _FakeCopy(fake, torch.device(device)):
+        return copy.deepcopy(value)
+
+
+def second_step(
+    fake: FakeTensorMode, model: nn.Module, batch: B, loss: Callable[[nn.Module, B], Tensor], optimizer: Optimizer
+) -> Ledger:
+    """The ledger of a training step after a first one; all arguments are made of ``fake``'s tensors.
+
+    Raises:
+        MemfitError: an operator's result depends on values.
+    """
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
-        FakeTensorMode,
         UnsupportedOperatorException,
     )
 
-    _teach_shapes()
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _FakeCopy(fake, torch.device(device)):
-        model, optimizer, batch = copy.deepcopy((model, optimizer, batch))
     try:
         with fake:
             _step(model, batch, loss, optimizer)

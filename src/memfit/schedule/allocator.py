@@ -18,7 +18,8 @@ def release_freed_memory(from_bytes: int = 1 << 20) -> bool:
     """From now on, return every freed block of at least ``from_bytes`` to the operating system at once.
 
     It holds for the whole process and until its end, and costs page faults where large tensors are made anew in each
-    step. ``memfit.fit`` calls it. On a system whose allocator is not glibc's, nothing happens.
+    step. ``memfit.fit`` calls it, but not for a model that trains recurrent layers of torch's own. On a system whose
+    allocator is not glibc's, nothing happens.
 
     Args:
         from_bytes: at least 4096. Smaller values leave smaller holes and cost more: for a Llama of 58 million

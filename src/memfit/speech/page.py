@@ -6,8 +6,8 @@ from html import escape
 
 from memfit.errors import require
 from memfit.ledger.report import format_bytes
+from memfit.page_style import STYLE
 from memfit.speech.charts import line_chart
-from memfit.speech.page_style import STYLE
 from memfit.speech.report import JSON, PersonalizeReport
 
 _LINES = {

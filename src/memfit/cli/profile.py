@@ -1,0 +1,141 @@
+"""``memfit profile``: where does the memory of a training step go?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memfit.cli.console import say, show, show_table
+from memfit.errors import MemfitError
+from memfit.files import atomic_write, check_writable
+from memfit.ledger.account import LINES, LiveTensor, Peak
+from memfit.ledger.page import render
+from memfit.ledger.profile import Profile, ProfileConfig
+from memfit.ledger.profile import profile as measure
+from memfit.ledger.report import describe, format_bytes
+
+_MODULES = 10
+
+
+def profile(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A function that returns (model, batch, loss): package.module:function or file.py:function. "
+            "loss(model, batch) returns a scalar tensor."
+        ),
+    ],
+    optimizer: Annotated[
+        str, typer.Option(help="Of torch.optim, with arguments where wanted: SGD(lr=0.1, momentum=0.9).")
+    ] = "AdamW",
+    convert: Annotated[
+        list[str] | None,
+        typer.Option(help="A technique and its layers: LowRankGradient(rank=16)@encoder.*  May be repeated."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps for the process's peak.")] = 3,
+    compare: Annotated[bool, typer.Option("--compare", help="Also without the conversions, side by side.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page to this file: the step as a picture, and all that is printed.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Show where the memory of a training step goes: by line, by module, by tensor, and what would take less."""
+    config = ProfileConfig(target, optimizer, tuple(convert or ()), steps)
+    if compare and not config.conversions:
+        raise MemfitError("--compare needs a conversion to compare with: give --convert.")
+    for file, what in ((html, "page"), (json_file, "profile")):
+        if file is not None:
+            check_writable(file, what, MemfitError)
+    profiles: dict[str, Profile] = {}
+    if compare:
+        say("profiling it as it is")
+        profiles["as it is"] = measure(replace(config, conversions=()))
+    say("profiling it" + (" converted" if config.conversions else ""))
+    profiles["converted" if config.conversions else "as it is"] = measure(config)
+
+    *_, last = profiles.values()
+    show_lines(profiles)
+    show("")
+    show_modules(last)
+    show("")
+    show_tensors(last.tensors)
+    show("")
+    for sentence in in_words(last):
+        show(sentence)
+    if html is not None:
+        write(html, "page", render(profiles))
+    if json_file is not None:
+        write(json_file, "profile", json.dumps({name: found.to_dict() for name, found in profiles.items()}) + "\n")
+
+
+def write(path: Path, what: str, text: str) -> None:
+    """A whole file or none."""
+    with atomic_write(path, what, MemfitError) as file:
+        file.write(text.encode())
+
+
+def show_lines(profiles: dict[str, Profile]) -> None:
+    """The five lines of each profile, their shares, and the process."""
+    rows = []
+    for line in (*LINES, "total"):
+        row = [line]
+        for found in profiles.values():
+            value, total = found.peak.to_dict()[line], found.peak.total
+            row += [format_bytes(value), f"{value / total:.1%}" if total else ""]
+        rows.append(row)
+    rows.append(["the process", *(cell for found in profiles.values() for cell in (format_bytes(found.growth), ""))])
+    show_table(["", *(cell for name in profiles for cell in (name, ""))], rows)
+
+
+def show_modules(found: Profile) -> None:
+    """The modules that hold most at the peak."""
+    rows = [
+        [name or "(outside of modules)", format_bytes(lines.total), _largest_line(lines)]
+        for name, lines in list(found.modules.items())[:_MODULES]
+    ]
+    if len(found.modules) > _MODULES:
+        rest = sum(lines.total for lines in list(found.modules.values())[_MODULES:])
+        rows.append([f"{len(found.modules) - _MODULES} others", format_bytes(rest), ""])
+    show_table(["module", "at the peak", "most of it"], rows)
+
+
+def show_tensors(tensors: Sequence[LiveTensor]) -> None:
+    """The largest tensors of the peak, and the line of code that made each."""
+    rows = [
+        [
+            f"{' x '.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype}",
+            format_bytes(tensor.nbytes),
+            tensor.line,
+            tensor.module or "-",
+            tensor.source or "-",
+        ]
+        for tensor in tensors
+    ]
+    show_table(["largest tensors", "memory", "line", "module", "made at"], rows)
+
+
+def in_words(found: Profile) -> list[str]:
+    """When the peak was, what no tensor holds, and what would take less."""
+    sentences = [f"The peak is {describe(found.instant)}."]
+    if found.unseen > 0:
+        sentences.append(
+            f"The process took {format_bytes(found.unseen)} more than its tensors: temporaries inside of operators, "
+            "code, and small holes that the allocator keeps."
+        )
+    elif found.unseen < 0:
+        sentences.append(
+            f"The process took {format_bytes(-found.unseen)} less than its tensors, which were not all written to."
+        )
+    sentences += [f"{advice}: {format_bytes(advice.after.total)}." for advice in found.advice]
+    if found.no_advice:
+        sentences.append(f"No advice: {found.no_advice}")
+    return sentences
+
+
+def _largest_line(lines: Peak) -> str:
+    return max(LINES, key=lambda line: lines.to_dict()[line])

@@ -1,0 +1,152 @@
+"""``memfit profile``: the figures are the ledger's, from a fresh process, and bad input gets one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from memfit.cli.app import app
+from memfit.ledger import LINES
+from memfit.ledger.profile import Profile
+
+TASK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512))
+        self.head = nn.Linear(512, 10)
+
+    def forward(self, x):
+        return self.head(self.encoder(x).repeat(4, 1))
+
+def task():
+    print("made")
+    return Net(), torch.randn(64, 256), lambda model, batch: model(batch).square().mean()
+
+def vector():
+    return Net(), torch.randn(64, 256), lambda model, batch: model(batch)
+
+def pair():
+    return Net(), torch.randn(64, 256)
+
+def fails():
+    raise ValueError("no data here")
+
+def peeks():
+    def loss(model, batch):
+        value = model(batch).square().mean()
+        return value if value.item() > 0 else -value
+    return Net(), torch.randn(4096, 256), loss
+"""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("net.py").write_text(dedent(TASK), encoding="utf-8")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["profile", *arguments])
+
+
+def test_it_says_where_the_memory_is_and_what_would_help() -> None:
+    result = run("net.py:task", "--json", "found.json")
+    assert result.exit_code == 0, result.output
+    assert not list(Path().glob("*.partial"))
+    found = Profile.from_dict(json.loads(Path("found.json").read_text())["as it is"])
+    weights = 4 * (256 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10)
+    assert found.peak.weights == weights
+    assert found.peak.optimizer >= 2 * weights
+    assert found.growth > found.peak.total / 2
+    totals = [sum(sample[1:]) for sample in found.timeline]
+    assert max(totals) == found.peak.total
+    assert sum(lines.total for lines in found.modules.values()) == found.peak.total
+    changes = [advice.change for advice in found.advice]
+    assert "--convert 'LowRankGradient(rank=16)@*'" in changes
+    for line in (*LINES, "total", "encoder.2", "512 x 512 float32", "The peak is in", *changes):
+        assert line in result.stdout
+
+
+def test_advice_holds_when_it_is_taken() -> None:
+    assert run("net.py:task", "--json", "before.json").exit_code == 0
+    before = Profile.from_dict(json.loads(Path("before.json").read_text())["as it is"])
+    (advice,) = [each for each in before.advice if each.change == "--convert 'LowRankGradient(rank=16)@*'"]
+    assert run("net.py:task", "--convert", "LowRankGradient(rank=16)@*", "--json", "after.json").exit_code == 0
+    after = Profile.from_dict(json.loads(Path("after.json").read_text())["converted"])
+    assert advice.before.total == pytest.approx(before.peak.total, rel=0.02)
+    assert advice.after.total == pytest.approx(after.peak.total, rel=0.02)
+
+
+def test_two_conversions_are_compared_with_none() -> None:
+    result = run(
+        "net:task",  # a module, from the working directory
+        "--optimizer",
+        "SGD(lr=0.1, momentum=0.9)",
+        "--convert",
+        "LowRankGradient(rank=4)@encoder.*",
+        "--convert",
+        "LowRankGradient(rank=2, sides='left')@head",
+        "--compare",
+        "--json",
+        "both.json",
+    )
+    assert result.exit_code == 0, result.output
+    both = {name: Profile.from_dict(found) for name, found in json.loads(Path("both.json").read_text()).items()}
+    assert list(both) == ["as it is", "converted"]
+    assert both["converted"].peak.gradients < both["as it is"].peak.gradients / 4
+    assert both["converted"].peak.total < both["as it is"].peak.total
+
+
+def test_a_step_that_needs_values_is_profiled_without_advice() -> None:
+    result = run("net.py:peeks", "--optimizer", "SGD(lr=0.1)")
+    assert result.exit_code == 0, result.output
+    assert "No advice" in result.stdout
+    assert "net.py:12 in forward" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["net.py"], "names no function"),
+        (["missing.py:task"], "there is no file missing.py"),
+        (["nowhere.at.all:task"], "there is no module 'nowhere.at.all'"),
+        (["net.py:other"], "has no function 'other'"),
+        (["net.py:pair"], "must return (model, batch, loss)"),
+        (["net.py:vector"], "must return a scalar tensor, not a tensor of shape (256, 10)"),
+        (["net.py:fails"], "fails with ValueError: no data here"),
+        (["net.py:task", "--optimizer", "AdamX"], "torch.optim has no optimizer 'AdamX'"),
+        (["net.py:task", "--optimizer", "SGD(lr=-1)"], "refuses 'SGD(lr=-1)'"),
+        (["net.py:task", "--optimizer", "SGD(0.1)"], "not of the form"),
+        (["net.py:task", "--convert", "Magic()@*"], "no technique 'Magic'"),
+        (["net.py:task", "--convert", "LowRankGradient(size=3)@*"], "does not fit LowRankGradient"),
+        (["net.py:task", "--convert", "LowRankGradient(rank=0)"], "rank"),
+        (["net.py:task", "--convert", "LowRankGradient(rank=2)@decoder.*"], "decoder"),
+        (["net.py:task", "--convert", "LowRankGradient(rank=2)@"], "names no layers"),
+        (["net.py:task", "--steps", "0"], "1 step or more"),
+        (["net.py:task", "--compare"], "needs a conversion"),
+        (["net.py:task", "--json", "no/such/folder.json"], "the folder does not exist"),
+    ],
+)
+def test_bad_input_gets_one_sentence(arguments: list[str], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert list(Path().glob("*.json")) == []
+
+
+def test_a_file_that_python_cannot_read_is_named() -> None:
+    Path("broken.py").write_text("def task(:\n", encoding="utf-8")
+    result = run("broken.py:task")
+    assert result.exit_code == 2
+    assert "broken.py" in result.output
+    assert "SyntaxError" in result.output
