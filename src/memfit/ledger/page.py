@@ -43,6 +43,12 @@ path { background: none; }
 .scroll td:nth-child(2), .scroll th:nth-child(2) { text-align: right; font-variant-numeric: tabular-nums; }
 code { font: 0.85em ui-monospace, monospace; overflow-wrap: anywhere; }
 li { margin: 0 0 6px; }
+@media (max-width: 720px) {
+  .scroll table { min-width: 0; }
+  .scroll td, .scroll td:nth-child(2) { white-space: normal; text-align: left; }
+  .tree .row { grid-template-columns: 1fr 64px 5.2rem; }
+  .tree .track { grid-column: auto; grid-row: auto; }
+}
 """
 
 _SCRIPT = """\
@@ -247,9 +253,10 @@ def _tree(modules: Mapping[str, Peak]) -> str:
 
 def _tensors(tensors: Sequence[LiveTensor]) -> str:
     rows = "".join(
-        f"<tr><td>{' x '.join(map(str, tensor.shape)) or 'scalar'} {escape(tensor.dtype)}</td>"
-        f"<td>{format_bytes(tensor.nbytes)}</td><td>{tensor.line}</td><td>{escape(tensor.module) or '-'}</td>"
-        f"<td><code>{escape(tensor.source) or '-'}</code></td></tr>"
+        f'<tr><td data-label="tensor">{" x ".join(map(str, tensor.shape)) or "scalar"} {escape(tensor.dtype)}</td>'
+        f'<td data-label="memory">{format_bytes(tensor.nbytes)}</td><td data-label="line">{tensor.line}</td>'
+        f'<td data-label="module">{escape(tensor.module) or "-"}</td>'
+        f'<td data-label="made at"><code>{escape(tensor.source) or "-"}</code></td></tr>'
         for tensor in tensors
     )
     head = "<tr><th>tensor</th><th>memory</th><th>line</th><th>module</th><th>made at</th></tr>"
