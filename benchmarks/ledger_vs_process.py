@@ -1,16 +1,13 @@
-"""Does the ledger agree with the operating system? Its total at the peak against the growth of the process's peak.
+"""Does the ledger agree with the operating system, and the estimate with both?
 
-Every workload runs in fresh processes: under the ledger; under nothing but `process_peak`, so that
-the ledger's own memory is not in the figure that it is held against; and once more like that after
-`memfit.release_freed_memory()`, which `memfit.fit` calls, so that the allocator keeps no large holes. So
+Every workload runs in fresh processes: under the ledger; under nothing but `process_peak`, so that the ledger's own
+memory is not in the figure that it is held against; once more like that after `memfit.release_freed_memory()`, which
+`memfit.fit` calls, so that the allocator keeps no large holes; and as `memfit.estimate`, which runs nothing. The region
+of `process_peak` starts after the imports and two tiny training steps of the same kind (which load the libraries'
+code), before the model is built.
 
-    process = ledger + what operators allocate inside, which is no tensor + holes that the allocator keeps
-            - what is allocated but never written to,
-
-where the holes are the second process less the third. A fourth process runs forward once and counts the last term:
-the pages of the tensors that forward keeps which the system never had to provide (`mincore`). The region of
-`process_peak` starts after the imports and two tiny training steps of the same kind (which load the libraries' code),
-before the model is built. The claim: within 10 % on workloads of 100 MB and more.
+Goals, on workloads of 100 MB and more: the ledger's total within 10 % of the growth of the process's peak, and the
+estimate's within 5 % of the ledger's.
 
     python benchmarks/ledger_vs_process.py [workload ...]
 """
@@ -18,24 +15,23 @@ before the model is built. The claim: within 10 % on workloads of 100 MB and mor
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
 import platform
 import subprocess
 import sys
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from memfit import release_freed_memory
+import memfit
 from memfit.ledger import ledger, process_peak
 from memfit.ledger.report import format_bytes
 
@@ -43,7 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "ledger_vs_process.json"
 STEPS = 2
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
-Workload = tuple[nn.Module, Tensor, Loss]
+Task = tuple[nn.Module, Tensor, Loss]
 Figures = dict[str, Any]
 
 
@@ -116,27 +112,27 @@ def next_token(model: nn.Module, batch: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 
-def linear(small: bool) -> Workload:
+def linear(small: bool) -> Task:
     width = 8 if small else 2048
     model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(width, width), nn.GELU())))
     return model, torch.randn(4 if small else 256, width), mean_square
 
 
-def encoder(small: bool) -> Workload:
+def encoder(small: bool) -> Task:
     return Encoder(16 if small else 512, 6), torch.randn(2, 8, 16) if small else torch.randn(4, 128, 512), mean_square
 
 
-def encoder_checkpointed(small: bool) -> Workload:
+def encoder_checkpointed(small: bool) -> Task:
     model = Encoder(16 if small else 512, 6, checkpointed=True)
     return model, torch.randn(2, 8, 16) if small else torch.randn(4, 128, 512), mean_square
 
 
-def language(small: bool) -> Workload:
+def language(small: bool) -> Task:
     model = Language(50, 16, 2) if small else Language(20_000, 384, 4)
     return model, torch.randint(0, 50 if small else 20_000, (2, 8) if small else (4, 128)), next_token
 
 
-def convolutional(small: bool) -> Workload:
+def convolutional(small: bool) -> Task:
     channels = (8, 16) if small else (64, 128)
     model = nn.Sequential(
         nn.Conv2d(3, channels[0], 3, padding=1),
@@ -153,165 +149,169 @@ def convolutional(small: bool) -> Workload:
     return model, torch.randn(2, 3, 16, 16) if small else torch.randn(24, 3, 64, 64), mean_square
 
 
-def residual(small: bool) -> Workload:
+def residual(small: bool) -> Task:
     channels = 8 if small else 64
     model = nn.Sequential(nn.Conv2d(3, channels, 7, stride=2, padding=3), *(Residual(channels) for _ in range(6)))
     return model, torch.randn(2, 3, 16, 16) if small else torch.randn(8, 3, 112, 112), mean_square
 
 
-def recurrent(small: bool) -> Workload:
+def recurrent(small: bool) -> Task:
     model = Recurrent(8, 16, 3, 4) if small else Recurrent(80, 1024, 3, 32)
     return model, torch.randn(5, 2, 8) if small else torch.randn(200, 8, 80), mean_square
 
 
-SGD, MOMENTUM = (torch.optim.SGD, {"lr": 1e-3}), (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9})
-ADAM, FUSED = (torch.optim.AdamW, {"lr": 1e-4}), (torch.optim.AdamW, {"lr": 1e-4, "fused": True})
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: a task in full or tiny size, an optimizer, and a rank where its layers are converted."""
+
+    make: Callable[[bool], Task]
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    rank: int | None = None
+    sides: str = "both"
+
+    def build(self, small: bool) -> tuple[nn.Module, torch.optim.Optimizer, Tensor, Loss]:
+        torch.manual_seed(0)
+        model, batch, loss = self.make(small)
+        if self.rank is not None:
+            memfit.convert_(model, memfit.LowRankGradient(4 if small else self.rank, sides=self.sides))
+        return model, self.optimizer([p for p in model.parameters() if p.requires_grad]), batch, loss
+
+
+SGD, MOMENTUM = partial(torch.optim.SGD, lr=1e-3), partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
+ADAM, FUSED = partial(torch.optim.AdamW, lr=1e-4), partial(torch.optim.AdamW, lr=1e-4, fused=True)
 
 WORKLOADS = {
-    "linear, SGD": (linear, SGD),
-    "linear, momentum": (linear, MOMENTUM),
-    "linear, AdamW": (linear, ADAM),
-    "linear, fused AdamW": (linear, FUSED),
-    "encoder, AdamW": (encoder, ADAM),
-    "encoder checkpointed, AdamW": (encoder_checkpointed, ADAM),
-    "language model tied, fused AdamW": (language, FUSED),
-    "CNN, SGD": (convolutional, SGD),
-    "residual CNN, AdamW": (residual, ADAM),
-    "LSTM 3x1024, SGD": (recurrent, SGD),
-    "LSTM 3x1024, fused AdamW": (recurrent, FUSED),
+    "linear, SGD": Workload(linear, SGD),
+    "linear, momentum": Workload(linear, MOMENTUM),
+    "linear, AdamW": Workload(linear, ADAM),
+    "linear, fused AdamW": Workload(linear, FUSED),
+    "linear, low-rank AdamW": Workload(linear, ADAM, rank=32),
+    "linear, low-rank left, AdamW": Workload(linear, ADAM, rank=32, sides="left"),
+    "encoder, AdamW": Workload(encoder, ADAM),
+    "encoder, low-rank AdamW": Workload(encoder, ADAM, rank=32),
+    "encoder checkpointed, AdamW": Workload(encoder_checkpointed, ADAM),
+    "encoder checkpointed, low-rank SGD": Workload(encoder_checkpointed, SGD, rank=32),
+    "language model tied, fused AdamW": Workload(language, FUSED),
+    "CNN, SGD": Workload(convolutional, SGD),
+    "CNN, low-rank AdamW": Workload(convolutional, ADAM, rank=8),
+    "residual CNN, AdamW": Workload(residual, ADAM),
+    "LSTM 3x1024, SGD": Workload(recurrent, SGD),
+    "LSTM 3x1024, fused AdamW": Workload(recurrent, FUSED),
+    "LSTM 3x1024, low-rank AdamW": Workload(recurrent, ADAM, rank=32),
 }
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, loss: Loss) -> None:
-    for _ in range(STEPS):
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, loss: Loss, steps: int = STEPS) -> None:
+    for _ in range(steps):
         optimizer.zero_grad()
         loss(model, batch).backward()
         optimizer.step()
 
 
-def measure(name: str, with_ledger: bool) -> Figures:
-    """Run one workload in this process, which should be a fresh one."""
-    make, (optimizer_type, options) = WORKLOADS[name]
-    torch.manual_seed(0)
-    model, batch, loss = make(small=True)
-    train(model, optimizer_type(model.parameters(), **options), batch, loss)
-    del model, batch, loss
+def measure(name: str, how: str) -> Figures:
+    """Run one workload in this process, which should be a fresh one; `how` is one of ``HOW``."""
+    workload = WORKLOADS[name]
+    if how == "estimate":
+        started = perf_counter()
+        model, optimizer, batch, loss = workload.build(small=False)
+        peak = memfit.estimate(model, batch, loss, optimizer).peak
+        return {"peak": peak.to_dict(), "seconds": perf_counter() - started}
+    if how == "no holes" and not memfit.release_freed_memory():
+        sys.exit("This system's allocator cannot be told to return freed memory.")
+    model, optimizer, batch, loss = workload.build(small=True)
+    train(model, optimizer, batch, loss)
+    del model, optimizer, batch, loss
 
-    figures: Figures = {}
     with process_peak() as process:
-        model, batch, loss = make(small=False)
-        optimizer = optimizer_type(model.parameters(), **options)
-        started = process_time()
-        if with_ledger:
-            with ledger(model, optimizer) as book:
-                train(model, optimizer, batch, loss)
-        else:
-            train(model, optimizer, batch, loss)
-        figures["seconds"] = process_time() - started
-    figures |= {"growth": process.growth, "method": process.method}
-    if with_ledger:
+        model, optimizer, batch, loss = workload.build(small=False)
+        train(model, optimizer, batch, loss, steps=STEPS - 1)
+        with ledger(model, optimizer) if how == "ledger" else nullcontext() as book:
+            started = process_time()
+            train(model, optimizer, batch, loss, steps=1)
+            seconds = process_time() - started
+    figures: Figures = {"growth": process.growth, "method": process.method, "seconds": seconds}
+    if book is not None:
         figures |= {"peak": book.peak.to_dict(), "instant": book.to_dict()["instant"]}
     return figures
 
 
-class LargeTensors(TorchDispatchMode):
-    """Keeps an eye on the storages of 1 MiB and more that operators make, without keeping them alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= 1 << 20:
-                storage = value.untyped_storage()
-                self.references[storage._cdata] = weakref.ref(storage)
-        return result
+HOW = ("ledger", "process", "no holes", "estimate")
 
 
-def not_resident(storage: torch.UntypedStorage) -> int:
-    """Bytes of a storage for which the system has not had to provide memory (Linux)."""
-    page = os.sysconf("SC_PAGESIZE")
-    first = -(-storage.data_ptr() // page)
-    count = (storage.data_ptr() + storage.nbytes()) // page - first  # whole pages
-    resident = (ctypes.c_ubyte * count)()
-    if ctypes.CDLL(None).mincore(ctypes.c_void_p(first * page), ctypes.c_size_t(count * page), resident):
-        raise OSError("mincore failed")
-    return page * sum(not there & 1 for there in resident)
-
-
-def untouched(name: str) -> Figures:
-    """Bytes that forward keeps and never wrote to; run in a fresh process without holes."""
-    make, _ = WORKLOADS[name]
-    torch.manual_seed(0)
-    model, batch, loss = make(small=False)
-    with LargeTensors() as seen:
-        value = loss(model, batch)
-    kept = [storage for reference in seen.references.values() if (storage := reference()) is not None]
-    assert value.requires_grad
-    return {"untouched": sum(not_resident(storage) for storage in kept)}
-
-
-def in_fresh_process(name: str, *options: str) -> Figures:
-    command = [sys.executable, __file__, "--one", name, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def in_fresh_process(name: str, how: str) -> Figures:
+    done = subprocess.run([sys.executable, __file__, name, "--how", how], capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr}")
+        sys.exit(f"{name} ({how}) failed:\n{done.stderr}")
     return json.loads(done.stdout)
+
+
+def row(name: str) -> Figures:
+    found = {how: in_fresh_process(name, how) for how in HOW}
+    total, estimate = found["ledger"]["peak"]["total"], found["estimate"]["peak"]["total"]
+    return {
+        "ledger": found["ledger"]["peak"],
+        "instant": found["ledger"]["instant"],
+        "estimate": found["estimate"]["peak"],
+        "estimate_of_ledger": estimate / total - 1,
+        "process_growth": found["process"]["growth"],
+        "process_growth_without_holes": found["no holes"]["growth"],
+        "process_growth_under_ledger": found["ledger"]["growth"],
+        "ledger_of_process": total / found["process"]["growth"] - 1,
+        "ledger_of_process_without_holes": total / found["no holes"]["growth"] - 1,
+        "method": found["process"]["method"],
+        "cpu_seconds": found["process"]["seconds"],
+        "cpu_seconds_under_ledger": found["ledger"]["seconds"],
+        "estimate_seconds": found["estimate"]["seconds"],
+    }
+
+
+def show(name: str, figures: Figures) -> None:
+    instant = figures["instant"]
+    cells = [
+        format_bytes(figures["ledger"]["total"]),
+        format_bytes(figures["process_growth_without_holes"]),
+        f"{figures['ledger_of_process_without_holes']:+.1%}",
+        format_bytes(figures["process_growth"]),
+        f"{figures['ledger_of_process']:+.1%}",
+        format_bytes(figures["estimate"]["total"]),
+        f"{figures['estimate_of_ledger']:+.1%}",
+    ]
+    print(
+        f"{name:<36}" + "".join(f"{cell:>11}" for cell in cells),
+        f" {instant['phase']} {instant['operator']}",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workloads", nargs="*", help=f"of {', '.join(WORKLOADS)}")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--no-holes", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--with-ledger", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--untouched", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"of {', '.join(WORKLOADS)} (default: all)")
+    parser.add_argument("--how", choices=HOW, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.no_holes and not release_freed_memory():
-        sys.exit("This system's allocator cannot be told to return freed memory.")
-    if arguments.one:
-        figures = untouched(arguments.one) if arguments.untouched else measure(arguments.one, arguments.with_ledger)
-        print(json.dumps(figures))
+    if unknown := set(arguments.workloads) - set(WORKLOADS):
+        parser.error(f"unknown workload {', '.join(sorted(unknown))}: choose from {', '.join(WORKLOADS)}")
+    if arguments.how:
+        print(json.dumps(measure(arguments.workloads[0], arguments.how)))
         return
 
-    rows = []
-    print(f"{'workload':<34}{'ledger':>11}{'no holes':>11}{'diff':>8}{'process':>11}{'diff':>8}{'unused':>11}  peak in")
+    heads = ("ledger", "no holes", "ledger of", "process", "ledger of", "estimate", "of ledger")
+    print(f"{'':<36}" + "".join(f"{head:>11}" for head in heads) + "  peak in")
+    rows = {}
     for name in arguments.workloads or WORKLOADS:
-        measured = in_fresh_process(name, "--with-ledger")
-        plain, compact = in_fresh_process(name), in_fresh_process(name, "--no-holes")
-        unused = in_fresh_process(name, "--no-holes", "--untouched")["untouched"]
-        total, instant = measured["peak"]["total"], measured["instant"]
-        row = {
-            "workload": name,
-            "ledger": measured["peak"],
-            "instant": instant,
-            "process_growth": plain["growth"],
-            "process_growth_without_holes": compact["growth"],
-            "process_growth_under_ledger": measured["growth"],
-            "allocated_but_untouched": unused,
-            "difference": total / plain["growth"] - 1,
-            "difference_without_holes": total / compact["growth"] - 1,
-            "method": plain["method"],
-            "cpu_seconds": plain["seconds"],
-            "cpu_seconds_without_holes": compact["seconds"],
-            "cpu_seconds_under_ledger": measured["seconds"],
-        }
-        rows.append(row)
-        sizes = format_bytes(total), format_bytes(compact["growth"]), format_bytes(plain["growth"])
-        differences = f"{row['difference_without_holes']:+.1%}", f"{row['difference']:+.1%}"
-        print(
-            f"{name:<34}{sizes[0]:>11}{sizes[1]:>11}{differences[0]:>8}{sizes[2]:>11}{differences[1]:>8}"
-            f"{format_bytes(unused):>11}  {instant['phase']} {instant['operator']}",
-            flush=True,
-        )
+        rows[name] = row(name)
+        show(name, rows[name])
+    for key, limit, what in (
+        ("ledger_of_process_without_holes", 0.10, "the ledger is within 10 % of the process without holes"),
+        ("ledger_of_process", 0.10, "the ledger is within 10 % of the process as it comes"),
+        ("estimate_of_ledger", 0.05, "the estimate is within 5 % of the ledger"),
+    ):
+        within = sum(abs(figures[key]) <= limit for figures in rows.values())
+        print(f"{what} in {within} of {len(rows)}; largest {max(abs(figures[key]) for figures in rows.values()):.1%}")
     if not arguments.workloads:
         RESULTS.parent.mkdir(exist_ok=True)
         about = {
             "torch": torch.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",
             "steps": STEPS,

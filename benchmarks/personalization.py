@@ -119,7 +119,9 @@ def summary(runs: dict[str, float], speakers: list[str]) -> dict[str, Any]:
 
 def write(runs: dict[str, float], speakers: list[str]) -> None:
     about = {"utterances": 20, "steps": 60, "batch_size": 5, "seeds": len(SEEDS), "torch": torch.__version__}
-    complete = len(runs) >= len(speakers) * (1 + len(METHODS) * len(LEARNING_RATES) * len(SEEDS))
+    trained = product(speakers, METHODS, LEARNING_RATES, SEEDS)
+    wanted = [f"{speaker}/{name}/{lr:g}/{seed}" for speaker, name, lr, seed in trained]
+    complete = all(key in runs for key in (*wanted, *(f"{speaker}/before" for speaker in speakers)))
     content = {
         "about": about,
         "summary": summary(runs, speakers) if complete else None,

@@ -143,6 +143,32 @@ def test_channels_last_stays_channels_last(groups: int, sides: str) -> None:
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
 
 
+class Placeholders(TorchDispatchMode):
+    """Remembers whether torch would have to copy what stands for the input where that is not read."""
+
+    def __init__(self, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.layout = layout
+        self.in_order: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default and not args[-1][1]:
+            self.in_order += [each.is_contiguous(memory_format=self.layout) for each in args[:2]]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_backward_copies_no_tensor_that_it_does_not_read(layout: torch.memory_format, stride: int) -> None:
+    layer = converted(nn.Conv2d(4, 6, 3, padding=1, stride=stride), rank=2).to(memory_format=layout)
+    x = torch.randn(2, 4, 6, 6).to(memory_format=layout).requires_grad_()
+    y = layer(x)
+    with Placeholders(layout) as seen:
+        y.backward(torch.randn_like(y))
+    assert seen.in_order
+    assert all(seen.in_order)
+
+
 def test_inputs_of_any_layout_and_expanded_gradients_are_taken() -> None:
     torch.manual_seed(0)
     dense = nn.Conv1d(4, 6, 3).double()

@@ -108,7 +108,7 @@ def show_tensors(tensors: Sequence[LiveTensor]) -> None:
     """The largest tensors of the peak, and the line of code that made each."""
     rows = [
         [
-            f"{' x '.join(map(str, tensor.shape)) or 'scalar'} {tensor.dtype}",
+            tensor.title,
             format_bytes(tensor.nbytes),
             tensor.line,
             tensor.module or "-",

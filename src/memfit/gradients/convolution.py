@@ -141,8 +141,8 @@ class _FrozenConvolution(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            like = d.new_empty(1).expand(ctx.shape)  # stands for the input, of which no number is read
             weight = weight.to(d.dtype)
+            like = _stand_in(ctx.shape, d, weight)
             mask = (True, False, False)
             dx = torch.ops.aten.convolution_backward(d, like, weight, None, *ctx.by.arguments, mask)[0]
         if ctx.needs_input_grad[2]:
@@ -216,6 +216,20 @@ def _from_columns(parts: Sequence[Tensor], shape: torch.Size, channels_last: boo
     if channels_last:
         return x.transpose(1, 2).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     return x.view(shape)
+
+
+def _stand_in(shape: torch.Size, d: Tensor, weight: Tensor) -> Tensor:
+    """A tensor of the input's shape, no number of which is read, in the memory format that torch wants it in.
+
+    Of one in another format, or of an expanded number, torch would make a copy. Where d is large enough, it is d.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(d.dim(), torch.contiguous_format)
+    is_last = any(each.is_contiguous(memory_format=last) and not each.is_contiguous() for each in (d, weight))
+    layout = last if is_last else torch.contiguous_format
+    if d.numel() < shape.numel() or not d.is_contiguous(memory_format=layout):
+        return torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=layout)
+    numbers = d.detach().as_strided((shape.numel(),), (1,))
+    return numbers.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if is_last else numbers.view(shape)
 
 
 class _Pad(torch.autograd.Function):

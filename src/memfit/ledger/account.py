@@ -86,13 +86,13 @@ class Instant:
 
 @dataclass(frozen=True, slots=True)
 class LiveTensor:
-    """One tensor's memory at the peak.
+    """One tensor's memory at the peak, or what an operator takes beside its tensors.
 
     Attributes:
         nbytes: of its storage; tensors that share one count once, by the first that was seen.
         line: which of the five lines it is on.
         shape: of the tensor.
-        dtype: such as ``"float32"``.
+        dtype: such as ``"float32"``; ``""`` for what an operator takes for itself (:attr:`is_inside`).
         module: the module that it belongs to or was made in, ``""`` for code outside of modules.
         phase: when it was made, as in :class:`Instant`; ``"start"`` for what was there before the region.
         operator: what made it, such as ``"aten.mm"``; ``""`` for what was there before.
@@ -108,6 +108,18 @@ class LiveTensor:
     phase: str
     operator: str
     source: str
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it is no tensor, but what the operator takes for itself while it runs, as is known of oneDNN's."""
+        return not self.dtype
+
+    @property
+    def title(self) -> str:
+        """Shape and dtype for people: ``"64 x 512 float32"``."""
+        if self.is_inside:
+            return f"inside of {self.operator}"
+        return f"{' x '.join(map(str, self.shape)) or 'scalar'} {self.dtype}"
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""

@@ -253,7 +253,7 @@ def _tree(modules: Mapping[str, Peak]) -> str:
 
 def _tensors(tensors: Sequence[LiveTensor]) -> str:
     rows = "".join(
-        f'<tr><td data-label="tensor">{" x ".join(map(str, tensor.shape)) or "scalar"} {escape(tensor.dtype)}</td>'
+        f'<tr><td data-label="tensor">{escape(tensor.title)}</td>'
         f'<td data-label="memory">{format_bytes(tensor.nbytes)}</td><td data-label="line">{tensor.line}</td>'
         f'<td data-label="module">{escape(tensor.module) or "-"}</td>'
         f'<td data-label="made at"><code>{escape(tensor.source) or "-"}</code></td></tr>'

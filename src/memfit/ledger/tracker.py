@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.ledger.account import BACKWARD, FORWARD, GRADIENTS, OPTIMIZER, START, STEP, WEIGHTS, Account, Entry
+from memfit.ledger.onednn import hidden_bytes, reserve
 from memfit.ledger.phases import Position
 from memfit.ledger.source import user_place
 from memfit.ledger.tensors import Memory, reachable, size, storages, tensors_in
@@ -72,6 +73,7 @@ class _Mode(TorchDispatchMode):
                 tracker.look(kwargs.values())
         result = func(*args, **kwargs) if kwargs else func(*args)
         tracker.enter(result)
+        tracker.enter_hidden(func, args, result)
         if tracker.position.in_backward and func in _ACCUMULATES:
             tracker.accumulate(func, args, result)
         return result
@@ -144,6 +146,25 @@ class Tracker:
         elif type(result) is list or type(result) is tuple:
             for value in result:
                 self.enter(value)
+
+    def enter_hidden(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Enter what an operator that has just run took for itself, and what its result takes and does not tell."""
+        if nbytes := hidden_bytes(func, args, result):
+            # At the end of the operator, where its result is there as well.
+            entry = self.account.open(
+                perf_counter(),
+                nbytes,
+                phase=self.position.phase,
+                module=self.position.module(),
+                operator=self.position.operator,
+                existed=False,
+                place=user_place(),
+            )
+            self.account.close(entry, perf_counter())
+        if kept := reserve(func, result):
+            keeping = self._entry(kept[0])
+            if keeping is not None:
+                self.account.resize(keeping, perf_counter(), kept[1])
 
     def _open(self, storage: Memory, tensor: Tensor, *, existed: bool) -> Entry | None:
         with self._lock:
