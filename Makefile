@@ -31,16 +31,17 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/lstm_recognizer.py
 	$(BIN)/python benchmarks/personalization.py --recordings $${MEMFIT_DATA:-../shared/data}/fsdd
 	$(BIN)/python benchmarks/ledger_vs_process.py
+	$(BIN)/python benchmarks/ledger_overhead.py
 	$(BIN)/python benchmarks/kill_and_resume.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) '.[speech,demo,hf,dev]'
+	$(INSTALL) '.[speech,demo,hf,png,dev]'
 	touch $@
 
 # The peers' packages besides, which nothing but the benchmarks needs.
 $(BENCH_STAMP): $(STAMP)
-	$(INSTALL) '.[speech,demo,dev,bench]'
+	$(INSTALL) '.[speech,demo,png,dev,bench]'
 	touch $@
 
 clean:

@@ -15,6 +15,7 @@ from memfit.errors import MemfitError
 from memfit.files import atomic_write, check_writable
 from memfit.ledger.account import LINES, LiveTensor, Peak
 from memfit.ledger.page import render
+from memfit.ledger.picture import check_can_draw, draw_png
 from memfit.ledger.profile import Profile, ProfileConfig
 from memfit.ledger.profile import profile as measure
 from memfit.ledger.report import describe, format_bytes
@@ -42,13 +43,18 @@ def profile(
     html: Annotated[
         Path | None, typer.Option(help="Write a page to this file: the step as a picture, and all that is printed.")
     ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Write the step and the peak as a picture to this file (needs matplotlib).")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """Show where the memory of a training step goes: by line, by module, by tensor, and what would take less."""
     config = ProfileConfig(target, optimizer, tuple(convert or ()), steps)
     if compare and not config.conversions:
         raise MemfitError("--compare needs a conversion to compare with: give --convert.")
-    for file, what in ((html, "page"), (json_file, "profile")):
+    if png is not None:
+        check_can_draw()
+    for file, what in ((html, "page"), (png, "picture"), (json_file, "profile")):
         if file is not None:
             check_writable(file, what, MemfitError)
     profiles: dict[str, Profile] = {}
@@ -68,15 +74,18 @@ def profile(
     for sentence in in_words(last):
         show(sentence)
     if html is not None:
-        write(html, "page", render(profiles))
+        write(html, "page", render(profiles).encode())
+    if png is not None:
+        write(png, "picture", draw_png(profiles))
     if json_file is not None:
-        write(json_file, "profile", json.dumps({name: found.to_dict() for name, found in profiles.items()}) + "\n")
+        figures = {name: found.to_dict() for name, found in profiles.items()}
+        write(json_file, "profile", json.dumps(figures).encode() + b"\n")
 
 
-def write(path: Path, what: str, text: str) -> None:
+def write(path: Path, what: str, content: bytes) -> None:
     """A whole file or none."""
     with atomic_write(path, what, MemfitError) as file:
-        file.write(text.encode())
+        file.write(content)
 
 
 def show_lines(profiles: dict[str, Profile]) -> None:
@@ -131,6 +140,7 @@ def in_words(found: Profile) -> list[str]:
         sentences.append(
             f"The process took {format_bytes(-found.unseen)} less than its tensors, which were not all written to."
         )
+    sentences += found.notes
     sentences += [f"{advice}: {format_bytes(advice.after.total)}." for advice in found.advice]
     if found.no_advice:
         sentences.append(f"No advice: {found.no_advice}")

@@ -45,6 +45,7 @@ code { font: 0.85em ui-monospace, monospace; overflow-wrap: anywhere; }
 li { margin: 0 0 6px; }
 @media (max-width: 720px) {
   .scroll table { min-width: 0; }
+  .scroll svg { min-width: 560px; }
   .scroll td, .scroll td:nth-child(2) { white-space: normal; text-align: left; }
   .tree .row { grid-template-columns: 1fr 64px 5.2rem; }
   .tree .track { grid-column: auto; grid-row: auto; }
@@ -94,7 +95,7 @@ def render(profiles: Mapping[str, Profile]) -> str:
     more = f"""\
 <section>
 <h2>Side by side</h2>
-{svg({each: profile.peak for each, profile in profiles.items()})}
+<div class="scroll">{svg({each: profile.peak for each, profile in profiles.items()})}</div>
 <p class="muted">The process's peak grew by \
 {"; ".join(f"{format_bytes(profile.growth)} {escape(each)}" for each, profile in profiles.items())}.</p>
 </section>"""
@@ -119,6 +120,7 @@ def render(profiles: Mapping[str, Profile]) -> str:
 <p class="rates"><span class="after"><b>{format_bytes(found.peak.total)}</b><small>of tensors{_of(name)}</small></span>
 <span class="before"><b>{format_bytes(found.growth)}</b><small>by which the process grew</small></span></p>
 <p>{escape(describe(found.instant)).capitalize()}</p>
+{"".join(f"<p>{escape(note)}</p>" for note in found.notes)}
 </section>
 {more if len(profiles) > 1 else ""}
 <section>
@@ -273,5 +275,6 @@ def _advice(found: Profile) -> str:
         f"{format_bytes(advice.before.total)}</li>"
         for advice in found.advice
     )
-    bars = svg({"as it is": found.advice[0].before, **{advice.change: advice.after for advice in found.advice}})
+    peaks = {"as it is": found.advice[0].before, **{advice.change: advice.after for advice in found.advice}}
+    bars = f'<div class="scroll">{svg(peaks)}</div>'
     return f"<section><h2>What would take less, by an estimate</h2><ul>{items}</ul>{bars}</section>"

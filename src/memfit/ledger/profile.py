@@ -29,6 +29,10 @@ from memfit.schedule.allocator import release_freed_memory
 
 _RANKS = (16, 8, 4)
 _WORTH_SAYING = 0.95
+_COMPILED = (
+    "The model is compiled. The ledger sees no tensor of compiled code, so its step ran uncompiled; the process's peak "
+    "is that of compiled steps, the compiler's own memory included."
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Profile:
         growth: bytes by which the process's peak grew, model and all; freed memory goes back to the system at once.
         advice: what would take less, most first.
         no_advice: why no estimate could be made, else empty.
+        notes: what to know about the figures.
     """
 
     config: ProfileConfig
@@ -103,6 +108,7 @@ class Profile:
     growth: int
     advice: Sequence[Advice] = field(default_factory=list)
     no_advice: str = ""
+    notes: Sequence[str] = field(default_factory=list)
 
     @property
     def unseen(self) -> int:
@@ -127,6 +133,7 @@ class Profile:
             growth=values["growth"],
             advice=[Advice(each["change"], Peak(**each["before"]), Peak(**each["after"])) for each in values["advice"]],
             no_advice=values["no_advice"],
+            notes=values["notes"],
         )
 
 
@@ -176,6 +183,7 @@ def profile_here(config: ProfileConfig) -> Profile:
         growth=process.growth,
         advice=advice,
         no_advice=why_none,
+        notes=[_COMPILED] if _is_compiled(task.model) else [],
     )
 
 
@@ -185,6 +193,10 @@ def _made(task: Task, config: ProfileConfig) -> tuple[Task, torch.optim.Optimize
         convert_(task.model, conversion.technique, conversion.where)
     trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     return task, parse_optimizer(config.optimizer)(trained)
+
+
+def _is_compiled(model: torch.nn.Module) -> bool:
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
 
 
 def _step(task: Task, optimizer: torch.optim.Optimizer) -> None:

@@ -20,7 +20,7 @@ _UNITS = ("KiB", "MiB", "GiB")
 
 # Five hues that keep apart in light and dark and for colour-blind eyes (after Okabe and Ito), each with a text colour
 # that reads on it. A page may set its own through the variables --memfit-weights and so on.
-_COLOURS = {
+COLOURS = {
     "weights": ("#0072b2", "#ffffff"),
     "gradients": ("#e69f00", "#1a1a1a"),
     "optimizer": ("#009e73", "#1a1a1a"),
@@ -157,7 +157,7 @@ def svg(peaks: Mapping[str, Peak], *, title: str = "Memory at the peak, by line"
             if length > 7.5 * len(label) + 8:
                 parts.append(
                     f'<text x="{x + length / 2:.1f}" y="{y + 41}" text-anchor="middle" '
-                    f'style="fill:var(--memfit-on-{line},{_COLOURS[line][1]})">{label}</text>'
+                    f'style="fill:var(--memfit-on-{line},{COLOURS[line][1]})">{label}</text>'
                 )
             parts.append("</g>")
             x += length
@@ -168,4 +168,4 @@ def svg(peaks: Mapping[str, Peak], *, title: str = "Memory at the peak, by line"
 
 
 def _fill(line: str) -> str:
-    return f"var(--memfit-{line},{_COLOURS[line][0]})"
+    return f"var(--memfit-{line},{COLOURS[line][0]})"
