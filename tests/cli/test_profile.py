@@ -39,6 +39,9 @@ def pair():
 def fails():
     raise ValueError("no data here")
 
+def compiled():
+    return torch.compile(Net(), backend="eager"), torch.randn(64, 256), lambda model, batch: model(batch).square().mean()
+
 def peeks():
     def loss(model, batch):
         value = model(batch).square().mean()
@@ -111,6 +114,20 @@ def test_a_step_that_needs_values_is_profiled_without_advice() -> None:
     assert result.exit_code == 0, result.output
     assert "No advice" in result.stdout
     assert "net.py:12 in forward" in result.stdout
+
+
+def test_a_compiled_model_is_profiled_with_a_word_on_what_is_seen() -> None:
+    result = run("net.py:compiled", "--optimizer", "SGD(lr=0.1)", "--steps", "1")
+    assert result.exit_code == 0, result.output
+    assert "The model is compiled" in result.stdout
+
+
+def test_page_and_picture_are_written_whole() -> None:
+    result = run("net.py:task", "--html", "page.html", "--png", "picture.png", "--steps", "1")
+    assert result.exit_code == 0, result.output
+    assert Path("page.html").read_text().rstrip().endswith("</html>")
+    assert Path("picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(Path().glob("*.partial"))
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,8 @@ def profile_here(config: ProfileConfig) -> Profile:
         advice = _advice(task, config)
     except MemfitError as error:
         why_none = str(error)
+    except Exception as error:  # the user's code, which has run on real tensors and does not on fake ones
+        why_none = f"the step fails on fake tensors with {type(error).__name__}: {error}"
     return Profile(
         config=config,
         peak=book.peak,
