@@ -63,6 +63,10 @@ def demo(
             *([line, *(format_bytes(each.peak_bytes[line]) for each in (report, dense))] for line in report.peak_bytes),
         ],
     )
+    print(
+        "\nOne run of each: word error rates on so few strings differ by some percent from seed to seed\n"
+        "(means over seeds and voices are in docs/personalize.md)."
+    )
     model, example = shlex.quote(str(result / MODEL)), shlex.quote(str(recordings / "000.wav"))
     print(
         f"\nthe report: {result / PAGE}\n"

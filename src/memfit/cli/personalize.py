@@ -94,10 +94,13 @@ def personalize(
 def show(report: PersonalizeReport) -> None:
     """Print the outcome: the word error rates, and the five lines of memory."""
     before, after = percent(report.wer_before), percent(report.wer_after)
+    held_out = f"{len(report.heard)} held-out utterance{'' if len(report.heard) == 1 else 's'}"
     print(
         f"\nword error rate: {before} before, {after} after {report.steps} steps "
-        f"({change(report.wer_before, report.wer_after)}, {len(report.heard)} held-out utterances)"
+        f"({change(report.wer_before, report.wer_after)}, {held_out})"
     )
+    if report.wer_after > report.wer_before:
+        print("It has become worse: try a smaller --lr, or more recordings.")
     print(f"time of a step:  {report.seconds_per_step:.2f} s\n\nmemory at the peak of training:\n")
     peak = Peak(**{line: report.peak_bytes[line] for line in LINES})
     if sys.stdout.isatty():
