@@ -40,7 +40,15 @@ def fails():
     raise ValueError("no data here")
 
 def compiled():
-    return torch.compile(Net(), backend="eager"), torch.randn(64, 256), lambda model, batch: model(batch).square().mean()
+    model, batch, loss = task()
+    return torch.compile(model, backend="eager"), batch, loss
+
+def captured():
+    model, batch, loss = task()
+    return model, batch, lambda _, batch: loss(model, batch)
+
+def frozen():
+    return Net().requires_grad_(False), torch.randn(64, 256), lambda model, batch: model(batch).square().mean()
 
 def peeks():
     def loss(model, batch):
@@ -119,7 +127,22 @@ def test_a_step_that_needs_values_is_profiled_without_advice() -> None:
 def test_a_compiled_model_is_profiled_with_a_word_on_what_is_seen() -> None:
     result = run("net.py:compiled", "--optimizer", "SGD(lr=0.1)", "--steps", "1")
     assert result.exit_code == 0, result.output
-    assert "The model is compiled" in result.stdout
+    assert "Part of the step is compiled" in result.stdout
+
+
+def test_a_loss_that_holds_on_to_the_model_has_no_advice_and_a_reason() -> None:
+    result = run("net.py:captured", "--optimizer", "SGD(lr=0.1)", "--steps", "1")
+    assert result.exit_code == 0, result.output
+    assert "No advice: memfit.estimate takes a copy of the model" in result.stdout
+
+
+def test_an_error_is_put_down_to_the_users_line() -> None:
+    Path("shapes.py").write_text("import net\n\ndef task():\n    m, b, l = net.task()\n    return m, b[:, :3], l\n")
+    result = run("shapes.py:task")
+    assert result.exit_code == 2
+    assert "RuntimeError" in result.output
+    assert "net.py:12" in result.output
+    assert "torch" not in result.output.rpartition("(at ")[2]
 
 
 def test_page_and_picture_are_written_whole() -> None:
@@ -143,6 +166,11 @@ def test_page_and_picture_are_written_whole() -> None:
         (["net.py:task", "--optimizer", "AdamX"], "torch.optim has no optimizer 'AdamX'"),
         (["net.py:task", "--optimizer", "SGD(lr=-1)"], "refuses 'SGD(lr=-1)'"),
         (["net.py:task", "--optimizer", "SGD(0.1)"], "not of the form"),
+        (["net.py:task", "--optimizer", "SGD(**{'lr': 1})"], "not of the form"),
+        (["net.py:frozen"], "no parameter of the model trains"),
+        (["net.py:task", "--json", "net.py"], "is the target itself"),
+        (["net.py:task", "--json", "same", "--html", "same"], "same is given for two outputs"),
+        (["net.py:task", "--json", "/dev/null"], "is no ordinary file"),
         (["net.py:task", "--convert", "Magic()@*"], "no technique 'Magic'"),
         (["net.py:task", "--convert", "LowRankGradient(size=3)@*"], "does not fit LowRankGradient"),
         (["net.py:task", "--convert", "LowRankGradient(rank=0)"], "rank"),
@@ -159,6 +187,7 @@ def test_bad_input_gets_one_sentence(arguments: list[str], said: str) -> None:
     assert said in result.output
     assert "Traceback" not in result.output
     assert list(Path().glob("*.json")) == []
+    assert Path("net.py").read_text() == dedent(TASK)
 
 
 def test_a_file_that_python_cannot_read_is_named() -> None:

@@ -172,6 +172,31 @@ def test_a_step_that_needs_values_is_refused() -> None:
         memfit.estimate(model, batch, peeking, AdamW(model.parameters()))
 
 
+OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_may_be_new_or_have_stepped(name: str, stepped: bool) -> None:
+    model, batch = perceptron()
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=torch.tensor(0.01) if name == "Adam" else 0.01)
+    if stepped:
+        mean_square(model, batch).backward()
+        optimizer.step()
+    estimated = memfit.estimate(model, batch, mean_square, optimizer)
+    assert estimated.peak.total == pytest.approx(measured(model, batch, optimizer).peak.total, rel=0.01)
+
+
+def test_a_loss_that_holds_on_to_the_model_is_refused_and_leaves_it_alone() -> None:
+    model, batch = perceptron()
+    mean_square(model, batch).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    with pytest.raises(memfit.MemfitError, match=r"have it use the model that it is called with"):
+        memfit.estimate(model, batch, lambda _, batch: mean_square(model, batch), SGD(model.parameters()))
+    assert all(p.grad is before for p, before in zip(model.parameters(), gradients, strict=True))
+    assert all(type(gradient) is Tensor for gradient in gradients)
+
+
 def test_an_optimizer_is_needed() -> None:
     model, batch = perceptron()
     with pytest.raises(memfit.MemfitError, match=r"needs a torch\.optim optimizer"):

@@ -95,20 +95,33 @@ def test_what_an_operator_takes_for_itself_is_workspace_at_its_peak() -> None:
     assert book.timeline[-1].lines.total < book.peak.total, "it has been given back"
 
 
-def test_the_reserve_of_a_recurrent_layer_counts_as_written_in_ledger_and_estimate() -> None:
+def mean_square(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x)[0].square().mean()
+
+
+@pytest.mark.parametrize(("hidden", "frames"), [(64, 20), (128, 400)])
+def test_the_reserve_of_a_recurrent_layer_counts_as_written_in_ledger_and_estimate(hidden: int, frames: int) -> None:
     torch.manual_seed(0)
-    model = nn.LSTM(16, 64)
+    model = nn.LSTM(16, hidden)
     optimizer = torch.optim.SGD(model.parameters())
-    x = torch.randn(20, 4, 16)
-
-    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return model(x)[0].square().mean()
-
-    loss(model, x).backward()
-    with ledger(model, optimizer) as book:
-        optimizer.zero_grad()
-        loss(model, x).backward()
-        optimizer.step()
+    x = torch.randn(frames, 4, 16)
+    for _ in range(2):
+        with ledger(model, optimizer) as book:
+            optimizer.zero_grad()
+            mean_square(model, x).backward()
+            optimizer.step()
     kept = [tensor for tensor in book.tensors if tensor.operator == "aten.mkldnn_rnn_layer" and len(tensor.shape) == 1]
-    assert [tensor.nbytes for tensor in kept] == [5 * 20 * 4 * 64 * 4]
-    assert memfit.estimate(model, x, loss, optimizer).peak.total == pytest.approx(book.peak.total, rel=0.01)
+    assert [tensor.nbytes for tensor in kept] == [5 * frames * 4 * hidden * 4]
+    assert memfit.estimate(model, x, mean_square, optimizer).peak.total == pytest.approx(book.peak.total, rel=0.01)
+
+
+def test_another_tensor_on_the_reserve_does_not_make_it_larger() -> None:
+    model, x = nn.LSTM(16, 64), torch.randn(200, 4, 16)
+    totals = []
+    for unpacked in (lambda tensor: tensor, lambda tensor: tensor.detach()):
+        with ledger(model) as book, torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), unpacked):
+            loss = mean_square(model, x)
+        totals.append(book.timeline[-1].lines.total)
+        del loss
+    reserve = 5 * 200 * 4 * 64 * 4
+    assert totals[0] == totals[1] < 2 * reserve

@@ -105,9 +105,12 @@ def test_a_long_timeline_is_thinned_out_and_keeps_its_peak() -> None:
     timeline = [(0.001 * k, 5.0, 1.0 * (k % 10), 0.0, 0.0, 0.0) for k in range(9000)]
     timeline[4321] = (4.321, 5.0, 100.0, 0.0, 0.0, 0.0)
     samples, peak = thin_out(timeline)
-    assert len(samples) <= 600
-    assert samples[peak] == timeline[4321]
-    assert samples == sorted(samples)
+    assert len(samples) <= 2 * 600 + 1
+    assert samples[peak][1:] == timeline[4321][1:]
+    assert abs(samples[peak][0] - timeline[4321][0]) <= timeline[-1][0] / 600
+    assert samples[peak + 1][0] - samples[peak][0] >= 0.99 * timeline[-1][0] / 600, "wide enough to be seen"
+    assert samples == sorted(samples, key=lambda sample: sample[0])
+    assert samples[-1] == timeline[-1]
     embedded = re.search(r'id="samples">(.*?)</script>', render({"as it is": profile()}))
     assert embedded is not None
     data = json.loads(embedded[1])

@@ -55,6 +55,38 @@ def test_no_hook_and_no_tensor_outlives_the_region() -> None:
     assert len(book.timeline) == events
 
 
+def test_the_model_goes_without_the_garbage_collectors_help() -> None:
+    model = nn.Linear(10, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gc.collect()
+    gc.disable()
+    try:
+        with ledger(model, optimizer) as book:
+            step(model, optimizer)
+        held = weakref.ref(model.weight)
+        del model, optimizer
+        assert held() is None
+        assert book.peak.total > 0
+    finally:
+        gc.enable()
+
+
+def test_nested_tensors_uninitialized_parameters_and_control_flow_run_under_the_ledger() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    padding = torch.tensor([[False] * 5, [False] * 4 + [True]])
+    with torch.no_grad(), ledger(encoder) as book:
+        encoder(torch.randn(2, 5, 16), src_key_padding_mask=padding)
+    assert book.peak.weights == sum(p.nbytes for p in encoder.parameters())
+    lazy = nn.Sequential(nn.LazyLinear(8))
+    with ledger(lazy) as book:
+        lazy(torch.randn(2, 3)).sum().backward()
+    assert book.timeline[-1].lines.weights == 4 * (3 * 8 + 8)
+    with ledger(nn.Linear(4, 4)) as book:
+        torch.cond(torch.ones(()) > 0, lambda x: x + 1, lambda x: x - 1, (torch.randn(2, 4),))
+    assert book.peak.total > 0
+
+
 class Failing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         raise ValueError("in forward")

@@ -345,6 +345,17 @@ def test_sparse_gradients_count_their_indices_and_values() -> None:
     assert last(book, "optimizer") == pytest.approx(2 * nbytes(model.weight), abs=8)
 
 
+def test_a_sparse_gradients_indices_may_be_the_batch() -> None:
+    model, batch = nn.Embedding(1000, 8, sparse=True), torch.arange(100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with ledger(model, optimizer) as book:
+        model(batch).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert last(book, "activations") == nbytes(batch)
+    assert last(book, "gradients") == 0
+
+
 @needs_blocked_weights
 def test_a_weight_in_onednns_blocks_counts_until_it_is_freed() -> None:
     model = nn.Linear(2, 2)

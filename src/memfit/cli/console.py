@@ -29,7 +29,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
                 row[0].ljust(widths[0]),
                 *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
             ]
-            print("  ".join(cells).rstrip())
+            show("  ".join(cells).rstrip())
         return
     table = Table(show_edge=False, header_style="bold", pad_edge=False)
     for index, column in enumerate(columns):

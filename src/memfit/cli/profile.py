@@ -54,15 +54,21 @@ def profile(
         raise MemfitError("--compare needs a conversion to compare with: give --convert.")
     if png is not None:
         check_can_draw()
-    for file, what in ((html, "page"), (png, "picture"), (json_file, "profile")):
-        if file is not None:
-            check_writable(file, what, MemfitError)
+    _check_outputs(target, {"page": html, "picture": png, "profile": json_file})
     profiles: dict[str, Profile] = {}
     if compare:
         say("profiling it as it is")
         profiles["as it is"] = measure(replace(config, conversions=()))
     say("profiling it" + (" converted" if config.conversions else ""))
     profiles["converted" if config.conversions else "as it is"] = measure(config)
+
+    if html is not None:
+        write(html, "page", render(profiles).encode())
+    if png is not None:
+        write(png, "picture", draw_png(profiles))
+    if json_file is not None:
+        figures = {name: found.to_dict() for name, found in profiles.items()}
+        write(json_file, "profile", json.dumps(figures).encode() + b"\n")
 
     *_, last = profiles.values()
     show_lines(profiles)
@@ -73,13 +79,24 @@ def profile(
     show("")
     for sentence in in_words(last):
         show(sentence)
-    if html is not None:
-        write(html, "page", render(profiles).encode())
-    if png is not None:
-        write(png, "picture", draw_png(profiles))
-    if json_file is not None:
-        figures = {name: found.to_dict() for name, found in profiles.items()}
-        write(json_file, "profile", json.dumps(figures).encode() + b"\n")
+
+
+def _check_outputs(target: str, files: dict[str, Path | None]) -> None:
+    """Refuse, before anything is measured, files that could not be written or should not be."""
+    taken: list[Path] = []
+    source = Path(target.rpartition(":")[0]).resolve()
+    for what, file in files.items():
+        if file is None:
+            continue
+        place = file.resolve()
+        if place == source:
+            raise MemfitError(f"{file} is the target itself: choose another file for the {what}.")
+        if place in taken:
+            raise MemfitError(f"{file} is given for two outputs: choose a file for each.")
+        if place.exists() and not place.is_file() and not place.is_dir():
+            raise MemfitError(f"{file} is no ordinary file: choose another for the {what}.")
+        check_writable(file, what, MemfitError)
+        taken.append(place)
 
 
 def write(path: Path, what: str, content: bytes) -> None:
@@ -142,6 +159,8 @@ def in_words(found: Profile) -> list[str]:
         )
     sentences += found.notes
     sentences += [f"{advice}: {format_bytes(advice.after.total)}." for advice in found.advice]
+    if not found.advice and not found.no_advice:
+        sentences.append("No conversion or optimizer that was tried takes clearly less, by an estimate of each.")
     if found.no_advice:
         sentences.append(f"No advice: {found.no_advice}")
     return sentences

@@ -24,8 +24,9 @@ class Ledger(AbstractContextManager["Ledger"]):
     nothing that keeps a tensor alive. Regions may be nested.
 
     The tensors that count are those on the model's kind of device (CPU or GPU); tensors without data (meta, fake)
-    have no bytes. What an operator allocates for itself and frees before it returns is no tensor and does not show;
-    :func:`memfit.process_peak` sees it. A compiled model runs uncompiled inside the region.
+    have no bytes. What an operator allocates for itself and frees before it returns is no tensor; it shows for oneDNN's
+    convolutions and LSTMs on x86, where it is computed from the shapes, and :func:`memfit.process_peak` sees all of it.
+    A compiled model runs uncompiled inside the region.
 
     Args:
         model: its parameters and buffers are on the line "weights", and its modules' names are those of

@@ -7,8 +7,8 @@ and goes through a training step under the ledger.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -53,7 +53,7 @@ def estimate(
 
     Raises:
         MemfitError: an argument is not what it should be, or what the step does depends on values that a fake tensor
-            does not have (``.item()``, ``nonzero``).
+            does not have (``.item()``, ``nonzero``; of torch's optimizers ASGD's and Adafactor's step).
 
     Example:
         >>> with torch.device("meta"):
@@ -63,8 +63,33 @@ def estimate(
     if not isinstance(optimizer, Optimizer):
         raise MemfitError(f"memfit.estimate needs a torch.optim optimizer last, not {type(optimizer).__name__}.")
     fake = fake_tensor_mode()
-    model, optimizer, batch = fake_copy(fake, (model, optimizer, batch), device)
-    return second_step(fake, model, batch, loss, optimizer)
+    copied, optimizer, batch = fake_copy(fake, (model, optimizer, batch), device)
+    with untouched(model):
+        return second_step(fake, copied, batch, loss, optimizer)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Keep a model as it is while a copy of it goes through a step.
+
+    Raises:
+        MemfitError: it has given some: the loss does not use the model that it is given.
+    """
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    reached = False
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        reached = any(parameter.grad is not None for parameter, _ in before)
+        for parameter, gradient in before:
+            parameter.grad = gradient
+    if reached:
+        raise MemfitError(
+            "memfit.estimate takes a copy of the model through a step, and the loss uses the model itself: "
+            "have it use the model that it is called with, as in loss(model, batch)."
+        )
 
 
 def fake_tensor_mode() -> FakeTensorMode:
@@ -152,6 +177,12 @@ class _FakeCopy(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
     def _faked(self, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
+            # An optimizer's count of steps and the like, which it reads: as a constant it keeps its value.
+            with torch._C.DisableTorchFunctionSubclass():
+                value = tensor.item()
+                with self._fake:
+                    return torch.tensor(value, dtype=tensor.dtype)
         if tensor.device.type != "meta":
             return self._fake.from_tensor(tensor, static_shapes=True)
         with self._fake, torch._C.DisableTorchFunctionSubclass():

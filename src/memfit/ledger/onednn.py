@@ -4,7 +4,8 @@ A convolution copies what is not channels-last into blocks of 8 or 16 channels, 
 recurrent layer copies its weights, and keeps the gates of all time steps. None of it is visible from Python, and
 fake tensors know nothing of it; the sizes here are models, fitted to what the operating system reports for single
 operators (float32, x86, torch 2.13; `tests/ledger/test_onednn.py` holds them against it). They are upper bounds where
-one of oneDNN's other kernels is at work. On other processors nothing is modelled.
+one of oneDNN's other kernels is at work. Where torch uses kernels of its own (half and double precision, three
+dimensions of space, one thread and few rows) and on other processors nothing is modelled.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _gathered(x: Tensor, weight: Tensor, y: Tensor) -> int:
 
 def _spread(y: Tensor, weight: Tensor, x: Tensor, stride: Sequence[int], groups: int) -> int:
     """The same of the transposed convolution from y to x, which takes one more copy where it leaves gaps."""
-    gaps = any(step > 1 for step in stride) and groups < x.shape[1]
+    gaps = any(step > 1 for step in stride) and groups == 1
     return max(_blocked(y) + weight.nbytes + _blocked(x) - x.nbytes, (2 if gaps else 1) * _blocked(x))
 
 

@@ -67,7 +67,9 @@ function say(sample) {
 }
 function point(event) {
   const box = chart.getBoundingClientRect();
-  const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+  let share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+  const peak = data.samples[data.peak][0] / data.seconds;
+  if (Math.abs(share - peak) * box.width < 5) share = peak;
   const at = share * data.seconds;
   let k = 0;
   while (k + 1 < data.samples.length && data.samples[k + 1][0] <= at) k += 1;
@@ -119,7 +121,7 @@ def render(profiles: Mapping[str, Profile]) -> str:
 <h2>At the peak</h2>
 <p class="rates"><span class="after"><b>{format_bytes(found.peak.total)}</b><small>of tensors{_of(name)}</small></span>
 <span class="before"><b>{format_bytes(found.growth)}</b><small>by which the process grew</small></span></p>
-<p>{escape(describe(found.instant)).capitalize()}</p>
+<p>{escape(_sentence(describe(found.instant)))}</p>
 {"".join(f"<p>{escape(note)}</p>" for note in found.notes)}
 </section>
 {more if len(profiles) > 1 else ""}
@@ -146,16 +148,32 @@ def render(profiles: Mapping[str, Profile]) -> str:
 
 
 def thin_out(timeline: Sequence[Sample], columns: int = _COLUMNS) -> tuple[list[Sample], int]:
-    """At most ``columns`` samples, of each stretch of time the one of the largest total; and which one is the peak."""
-    seconds = timeline[-1][0] or 1.0
+    """The step in columns of equal time, each as high as it gets in there, at most two samples for each.
+
+    Returns:
+        The samples, the time of each its column's beginning and of the last the end, and the number of the peak.
+    """
+    end = timeline[-1][0] or 1.0
+    width = end / columns
     highest: dict[int, Sample] = {}
+    last: dict[int, Sample] = {}
     for sample in timeline:
-        column = min(columns - 1, int(columns * sample[0] / seconds))
+        column = min(columns - 1, int(sample[0] / width))
         if column not in highest or sum(sample[1:]) > sum(highest[column][1:]):
             highest[column] = sample
-    samples = list(highest.values())
+        last[column] = sample
+    samples: list[Sample] = []
+    for column, sample in highest.items():
+        samples.append((column * width, *sample[1:]))
+        if column + 1 < columns and column + 1 not in highest:  # what was there at its end stays for a while
+            samples.append(((column + 1) * width, *last[column][1:]))
+    samples.append((end, *timeline[-1][1:]))
     # `max` gives the first of equals, as the ledger's peak is.
     return samples, max(range(len(samples)), key=lambda number: sum(samples[number][1:]))
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _of(name: str) -> str:

@@ -83,6 +83,10 @@ class Position:
                 stack.callback(handle.remove)
             yield
 
+    def forget_callbacks(self) -> None:
+        """Let go of whom the beginnings and ends of steps are reported to."""
+        self._before_step = self._after_step = lambda optimizer: None
+
     def owner(self, parameter: Tensor) -> str | None:
         """Name of the module that a parameter of the model belongs to."""
         return self._owners.get(id(parameter))

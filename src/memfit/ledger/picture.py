@@ -45,7 +45,7 @@ def draw_png(profiles: Mapping[str, Profile]) -> bytes:
     figure = Figure(figsize=(9, 4.6 + 0.42 * len(profiles)), layout="constrained", dpi=_DOTS_PER_INCH)
     step, bars = figure.subplots(2, 1, height_ratios=(4, 0.6 * len(profiles) + 0.3))
     settings = ", ".join([found.config.optimizer, *found.config.conversions])
-    figure.suptitle(f"{found.config.target}, {settings}", fontsize=11, fontweight="bold", wrap=True)
+    figure.suptitle(f"{found.config.target}, {settings}", fontsize=11, fontweight="bold", wrap=True, parse_math=False)
     _draw_step(step, found)
     _draw_bars(bars, profiles)
     for axes in (step, bars):
@@ -65,16 +65,9 @@ def _draw_step(axes: Axes, found: Profile) -> None:
     axes.stackplot(milliseconds, layers, labels=LINES, colors=colours, step="post", linewidth=0)
     at = milliseconds[peak]
     axes.axvline(at, color="black", linestyle="--", linewidth=0.8)
-    late = at > 0.5 * milliseconds[-1]
-    axes.annotate(
-        f"peak {format_bytes(found.peak.total)}, {describe(found.instant).partition(', after')[0]}",
-        (at, highest / unit),
-        xytext=(-6 if late else 6, 4),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        fontsize=9,
-    )
-    axes.set(xlim=(0, max(milliseconds[-1], 1e-6)), ylim=(0, 1.14 * highest / unit))
+    when = describe(found.instant).partition(", after")[0]
+    axes.set_title(f"peak {format_bytes(found.peak.total)}, {when}", fontsize=9, wrap=True, parse_math=False)
+    axes.set(xlim=(0, max(milliseconds[-1], 1e-6)), ylim=(0, 1.05 * highest / unit))
     axes.set(xlabel="milliseconds of a training step", ylabel=name)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)

@@ -1,12 +1,13 @@
 """Where one training task's memory goes: its ledger and its process's peak, from a fresh process, and what would help.
 
-The fresh process runs this module (``python -m memfit.ledger.profile``): it makes the task, trains some steps with
-nothing but the operating system watching, one more under the ledger, and estimates what other settings would take.
+The fresh process makes the task, trains some steps with nothing but the operating system watching, one more under the
+ledger, and estimates what other settings would take.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,16 +23,19 @@ from memfit.convert import convert_
 from memfit.errors import ConversionError, MemfitError
 from memfit.ledger.account import LINES, Instant, LiveTensor, Peak
 from memfit.ledger.book import Ledger
-from memfit.ledger.estimate import fake_copy, fake_tensor_mode, second_step
+from memfit.ledger.estimate import fake_copy, fake_tensor_mode, second_step, untouched
 from memfit.ledger.process import process_peak
-from memfit.ledger.target import Task, load_target, parse_conversion, parse_optimizer
+from memfit.ledger.report import format_bytes
+from memfit.ledger.source import is_users
+from memfit.ledger.target import Task, fused_adam, load_target, parse_conversion, parse_optimizer
+from memfit.run.interrupts import stopping_in_order
 from memfit.schedule.allocator import release_freed_memory
 
 _RANKS = (16, 8, 4)
-_WORTH_SAYING = 0.95
+_WORTH_SAYING, _TRUSTED = 0.95, 0.05
 _COMPILED = (
-    "The model is compiled. The ledger sees no tensor of compiled code, so its step ran uncompiled; the process's peak "
-    "is that of compiled steps, the compiler's own memory included."
+    "Part of the step is compiled. The ledger sees no tensor of compiled code, so its step ran uncompiled; the process's "
+    "peak is that of compiled steps, the compiler's own memory included."
 )
 
 
@@ -143,12 +147,17 @@ def profile(config: ProfileConfig) -> Profile:
     Raises:
         MemfitError: the target, the optimizer or a conversion is not what it should be, or the task fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, stopping_in_order():
         result = Path(folder) / "profile.json"
-        command = [sys.executable, "-m", "memfit.ledger.profile", json.dumps(asdict(config)), str(result)]
-        status = subprocess.run(command, stdout=2, check=False).returncode  # to standard error
+        child = subprocess.Popen([sys.executable, "-c", _CHILD, json.dumps(asdict(config)), str(result)], stdout=2)
+        try:
+            status = child.wait()
+        finally:
+            child.kill()
         if not result.exists():
-            raise MemfitError(f"{config.target} ended its process with status {status}; there is no profile.")
+            how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+            perhaps = ", perhaps for lack of memory" if status == -signal.SIGKILL else ""
+            raise MemfitError(f"{config.target}: its process {how}{perhaps}; there is no profile.")
         values = json.loads(result.read_text(encoding="utf-8"))
     if "error" in values:
         raise MemfitError(values["error"])
@@ -165,12 +174,13 @@ def profile_here(config: ProfileConfig) -> Profile:
         task.model.train()
         for _ in range(config.steps):
             _step(task, optimizer)
+    compiled = _has_compiled()
     with Ledger(task.model, optimizer) as book:
         _step(task, optimizer)
     del optimizer
     advice, why_none = [], ""
     try:
-        advice = _advice(task, config)
+        advice = _advice(task, config, book.peak)
     except MemfitError as error:
         why_none = str(error)
     except Exception as error:  # the user's code, which has run on real tensors and does not on fake ones
@@ -185,7 +195,7 @@ def profile_here(config: ProfileConfig) -> Profile:
         growth=process.growth,
         advice=advice,
         no_advice=why_none,
-        notes=[_COMPILED] if _is_compiled(task.model) else [],
+        notes=[_COMPILED] if compiled else [],
     )
 
 
@@ -197,8 +207,10 @@ def _made(task: Task, config: ProfileConfig) -> tuple[Task, torch.optim.Optimize
     return task, parse_optimizer(config.optimizer)(trained)
 
 
-def _is_compiled(model: torch.nn.Module) -> bool:
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
+def _has_compiled() -> bool:
+    """Whether torch's compiler has been at work in this process."""
+    compiler = sys.modules.get("torch._dynamo.utils")
+    return compiler is not None and bool(compiler.counters["frames"])
 
 
 def _step(task: Task, optimizer: torch.optim.Optimizer) -> None:
@@ -224,14 +236,19 @@ def _load_optimizers() -> None:
 # -- what would help -----------------------------------------------------------------------------------------------
 
 
-def _advice(task: Task, config: ProfileConfig) -> list[Advice]:
+def _advice(task: Task, config: ProfileConfig, measured: Peak) -> list[Advice]:
     """Settings whose estimate is clearly below that of the task as it is, the smallest first.
 
     Raises:
-        MemfitError: the task cannot be estimated.
+        MemfitError: the task cannot be estimated, or the estimate is not what was measured.
     """
     plain = load_target(config.target)() if config.conversions else task
     before = _estimated(plain, config)
+    if abs(before.total - measured.total) > _TRUSTED * measured.total:
+        raise MemfitError(
+            f"an estimate of the step finds {format_bytes(before.total)} where {format_bytes(measured.total)} were "
+            "measured: the loss may use tensors that are neither in the model nor in the batch."
+        )
     found = []
     for changed, change in _candidates(plain, config):
         try:
@@ -253,8 +270,7 @@ def _candidates(task: Task, config: ProfileConfig) -> list[tuple[ProfileConfig, 
                 if _converts(task, conversion):
                     found.append((replace(config, conversions=(conversion,)), f"--convert {conversion!r}"))
                     break
-    if config.optimizer in ("Adam", "AdamW"):
-        fused = f"{config.optimizer}(fused=True)"
+    if fused := fused_adam(config.optimizer):
         found.append((replace(config, optimizer=fused), f"--optimizer {fused!r}"))
     return found
 
@@ -276,24 +292,44 @@ def _estimated(task: Task, config: ProfileConfig) -> Peak:
     model, batch = fake_copy(fake, (task.model, task.batch))
     with fake:
         made, optimizer = _made(Task(model, batch, task.loss), config)
-    return second_step(fake, made.model, batch, task.loss, optimizer).peak
+    with untouched(task.model):
+        return second_step(fake, made.model, batch, task.loss, optimizer).peak
 
 
 # -- the fresh process ---------------------------------------------------------------------------------------------
 
 
-def _main(config_text: str, result: str) -> None:
+# A name of memfit's, so that its frame is none of the user's; and nothing of the working directory's in place of a
+# library.
+_CHILD = """\
+__name__ = "memfit"
+import sys
+sys.path[:1] = [folder for folder in sys.path[:1] if folder]
+from memfit.ledger.profile import main_of_fresh_process
+main_of_fresh_process(*sys.argv[1:])
+"""
+
+
+def main_of_fresh_process(config_text: str, result: str) -> None:
+    """Profile, and leave what was found, or why nothing was, in the file ``result``."""
     config = json.loads(config_text)
     try:
         found = profile_here(ProfileConfig(**{**config, "conversions": tuple(config["conversions"])})).to_dict()
     except MemfitError as error:
         found = {"error": str(error)}
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:  # the user's code; where it failed is what they need
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{last.filename}:{last.lineno}"
-        found = {"error": f"{config['target']} fails with {type(error).__name__}: {error} (at {where})."}
+        said = " ".join(str(error).split()) or "no message"
+        found = {"error": f"{config['target']} fails with {type(error).__name__}: {said} (at {_place_of(error)})."}
     Path(result).write_text(json.dumps(found), encoding="utf-8")
 
 
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+def _place_of(error: Exception) -> str:
+    """File and line of the user's code in which an error came up, or went into a library."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = [(frame.f_globals.get("__name__"), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    users = [each for each in frames if is_users(each[0])] or frames
+    _, frame, line = users[-1]
+    return f"{frame.f_code.co_filename}:{line}"

@@ -94,6 +94,9 @@ def parse_optimizer(text: str) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
         raise MemfitError(f"torch.optim has no optimizer {name!r}: write one such as AdamW or SGD(lr=0.1).")
 
     def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        parameters = list(parameters)
+        if not parameters:
+            raise MemfitError("no parameter of the model trains: there is no step to profile.")
         try:
             return cast(Callable[..., Optimizer], kind)(parameters, **arguments)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -102,14 +105,23 @@ def parse_optimizer(text: str) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
     return make
 
 
+def fused_adam(text: str) -> str:
+    """The same optimizer, fused, where ``text`` is an Adam that may be and is not; else ``""``."""
+    name, arguments = _parse_call(text)
+    if name not in ("Adam", "AdamW") or {"fused", "foreach"} & set(arguments):
+        return ""
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in {**arguments, 'fused': True}.items())})"
+
+
 def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
     """``"Name"`` or ``"Name(key=value, ...)"``, the values plain ones."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-            return node.func.id, {key.arg: ast.literal_eval(key.value) for key in node.keywords if key.arg}
+        names = [key.arg for key in node.keywords] if isinstance(node, ast.Call) else [None]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args and all(names):
+            return node.func.id, {cast(str, key.arg): ast.literal_eval(key.value) for key in node.keywords}
     except (SyntaxError, ValueError):
         pass
     raise MemfitError(f"{text!r} is not of the form Name or Name(key=value, ...) with plain values.")

@@ -45,6 +45,14 @@ def size(memory: Memory) -> int:
     return memory.nbytes()
 
 
+def shape(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's shape; ``()`` where it has none that is one: nested, or not initialized yet."""
+    try:
+        return tuple(tensor.shape)
+    except RuntimeError:
+        return ()
+
+
 def _own(tensor: Tensor) -> Sequence[Memory]:
     try:
         return (tensor.untyped_storage(),)

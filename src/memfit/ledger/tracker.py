@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
+from types import CodeType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from memfit.ledger.account import BACKWARD, FORWARD, GRADIENTS, OPTIMIZER, START
 from memfit.ledger.onednn import hidden_bytes, reserve
 from memfit.ledger.phases import Position
 from memfit.ledger.source import user_place
-from memfit.ledger.tensors import Memory, reachable, size, storages, tensors_in
+from memfit.ledger.tensors import Memory, reachable, shape, size, storages, tensors_in
 
 _aten = torch.ops.aten
 
@@ -37,12 +38,13 @@ _FRESH = frozenset({_aten.lift_fresh.default, _aten.lift_fresh_copy.default})
 
 
 class _Reference(weakref.ref[Memory]):
-    """A weak reference to a storage that knows the storage's entry (None for one that is not counted)."""
+    """A weak reference to a storage that knows its entry (None for one that is not counted) and its size when seen."""
 
-    __slots__ = ("address", "entry")
+    __slots__ = ("address", "entry", "size")
 
     address: int
     entry: Entry | None
+    size: int
 
 
 class _Mode(TorchDispatchMode):
@@ -72,11 +74,21 @@ class _Mode(TorchDispatchMode):
             if kwargs:
                 tracker.look(kwargs.values())
         result = func(*args, **kwargs) if kwargs else func(*args)
-        tracker.enter(result)
-        tracker.enter_hidden(func, args, result)
+        tracker.enter_all(func, args, result)
         if tracker.position.in_backward and func in _ACCUMULATES:
             tracker.accumulate(func, args, result)
         return result
+
+
+def _hide_from_compiler(code: CodeType) -> None:
+    """Have torch's compiler run a function, and all that it calls, as it is; without importing the compiler."""
+    frames: Any = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+
+
+_hide_from_compiler(_Mode.__torch_dispatch__.__code__)
 
 
 class Tracker:
@@ -113,13 +125,20 @@ class Tracker:
         """Everything in place for the duration of the context; whatever happens in it, nothing is left behind."""
         self._claim_all()
         with ExitStack() as stack:
-            # Without their references the storages that outlive the region no longer report to anyone.
-            stack.callback(self._live.clear)
+            # Without their references the storages that outlive the region no longer report to anyone, and without
+            # these bonds the tracker, and with it the model, goes when the region does.
+            stack.callback(self._part)
             stack.enter_context(self.position.following())
             stack.enter_context(_resizes_reported(self._resized))
             stack.callback(self._claim_all)
             stack.enter_context(_Mode(self))
             yield
+
+    def _part(self) -> None:
+        self._live.clear()
+        self._inputs.clear()
+        del self._when_freed
+        self.position.forget_callbacks()
 
     # -- storages ------------------------------------------------------------------------------------------------
 
@@ -141,15 +160,22 @@ class Tracker:
                 reference = self._live.get(storage._cdata)
                 if reference is None:
                     self._open(storage, result, existed=False)
-                elif reference.entry is not None and reference.entry.nbytes != size(storage):
-                    self.account.resize(reference.entry, perf_counter(), size(storage))
+                elif reference.entry is not None and reference.size != size(storage):
+                    reference.size = size(storage)
+                    self.account.resize(reference.entry, perf_counter(), reference.size)
         elif type(result) is list or type(result) is tuple:
             for value in result:
                 self.enter(value)
 
-    def enter_hidden(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Enter what an operator that has just run took for itself, and what its result takes and does not tell."""
-        if nbytes := hidden_bytes(func, args, result):
+    def enter_all(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Enter what an operator that has just run returns, and what it has taken for itself beside that."""
+        if kept := reserve(func, result):
+            # Before the rest, at the size that it has in truth.
+            for storage in storages(kept[0]):
+                self._open(storage, kept[0], existed=False, nbytes=kept[1])
+        self.enter(result)
+        nbytes = hidden_bytes(func, args, result)
+        if nbytes and any(storage.device.type == self._device for storage in storages(args[0])):
             # At the end of the operator, where its result is there as well.
             entry = self.account.open(
                 perf_counter(),
@@ -161,25 +187,21 @@ class Tracker:
                 place=user_place(),
             )
             self.account.close(entry, perf_counter())
-        if kept := reserve(func, result):
-            keeping = self._entry(kept[0])
-            if keeping is not None:
-                self.account.resize(keeping, perf_counter(), kept[1])
 
-    def _open(self, storage: Memory, tensor: Tensor, *, existed: bool) -> Entry | None:
+    def _open(self, storage: Memory, tensor: Tensor, *, existed: bool, nbytes: int | None = None) -> Entry | None:
         with self._lock:
             reference = _Reference(storage, self._when_freed)
-            reference.address = storage._cdata
+            reference.address, reference.size = storage._cdata, size(storage)
             reference.entry = None
             if storage.device.type == self._device:
                 reference.entry = self.account.open(
                     perf_counter(),
-                    size(storage),
+                    reference.size if nbytes is None else nbytes,
                     phase=self.position.phase,
                     module="" if existed else self.position.module(),
                     operator=self.position.operator,
                     existed=existed,
-                    shape=tuple(tensor.shape),
+                    shape=shape(tensor),
                     dtype=str(tensor.dtype).removeprefix("torch."),
                     place=None if existed else user_place(),
                 )
@@ -227,7 +249,8 @@ class Tracker:
     def _resized(self, storage: UntypedStorage) -> None:
         reference = self._live.get(storage._cdata)
         if reference is not None and reference.entry is not None:
-            self.account.resize(reference.entry, perf_counter(), storage.nbytes())
+            reference.size = storage.nbytes()
+            self.account.resize(reference.entry, perf_counter(), reference.size)
 
     def _entry(self, tensor: Tensor) -> Entry | None:
         for storage in storages(tensor):
@@ -266,7 +289,8 @@ class Tracker:
             else:
                 existed = self.position.phase is START or self._was_there(storage)
                 entry = self._open(storage, tensor, existed=existed)
-            if entry is not None:
+            # The indices of a sparse gradient may be the batch's own.
+            if entry is not None and not (tensor.layout is not torch.strided and entry in self._inputs):
                 entry.claim(line, owner)
                 self._claim_terms(entry, line, owner)
 
