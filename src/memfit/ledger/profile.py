@@ -34,8 +34,8 @@ from memfit.schedule.allocator import release_freed_memory
 _RANKS = (16, 8, 4)
 _WORTH_SAYING, _TRUSTED = 0.95, 0.05
 _COMPILED = (
-    "Part of the step is compiled. The ledger sees no tensor of compiled code, so its step ran uncompiled; the process's "
-    "peak is that of compiled steps, the compiler's own memory included."
+    "Part of the step is compiled. The ledger sees no tensor of compiled code, so its step ran uncompiled; the "
+    "process's peak is that of compiled steps, the compiler's own memory included."
 )
 
 
