@@ -116,6 +116,12 @@ def test_the_picture_is_one_scale_without_scripts_or_outside_parts() -> None:
     assert "var(--memfit-weights," in picture
 
 
+def test_a_narrow_picture_has_its_legend_in_rows() -> None:
+    narrow = ElementTree.fromstring(svg({"low-rank": PEAK}, width=340))
+    assert narrow.attrib["viewBox"].startswith("0 0 340 ")
+    assert max(float(part.attrib["x"]) for part in narrow.iter() if "x" in part.attrib) < 340
+
+
 def test_an_empty_picture_is_still_one() -> None:
     ElementTree.fromstring(svg({}))
     ElementTree.fromstring(svg({"nothing": Peak()}))

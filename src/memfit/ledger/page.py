@@ -41,11 +41,12 @@ path { background: none; }
 .scroll { overflow-x: auto; } .scroll table { min-width: 680px; table-layout: auto; font-size: 0.85rem; }
 .scroll td, .scroll th { padding: 4px 14px 4px 0; text-align: left; white-space: nowrap; }
 .scroll td:nth-child(2), .scroll th:nth-child(2) { text-align: right; font-variant-numeric: tabular-nums; }
+.bars .narrow { display: none; }
 code { font: 0.85em ui-monospace, monospace; overflow-wrap: anywhere; }
 li { margin: 0 0 6px; }
 @media (max-width: 720px) {
   .scroll table { min-width: 0; }
-  .scroll svg { min-width: 560px; }
+  .bars .wide { display: none; } .bars .narrow { display: block; }
   .scroll td, .scroll td:nth-child(2) { white-space: normal; text-align: left; }
   .tree .row { grid-template-columns: 1fr 64px 5.2rem; }
   .tree .track { grid-column: auto; grid-row: auto; }
@@ -97,7 +98,7 @@ def render(profiles: Mapping[str, Profile]) -> str:
     more = f"""\
 <section>
 <h2>Side by side</h2>
-<div class="scroll">{svg({each: profile.peak for each, profile in profiles.items()})}</div>
+{_bars({each: profile.peak for each, profile in profiles.items()})}
 <p class="muted">The process's peak grew by \
 {"; ".join(f"{format_bytes(profile.growth)} {escape(each)}" for each, profile in profiles.items())}.</p>
 </section>"""
@@ -178,6 +179,13 @@ def _sentence(words: str) -> str:
 
 def _of(name: str) -> str:
     return "" if name == "as it is" else f", {escape(name)}"
+
+
+def _bars(peaks: Mapping[str, Peak]) -> str:
+    """The five lines of each peak, drawn for a laptop's and for a phone's width, of which the page shows one."""
+    return (
+        f'<div class="bars"><div class="wide">{svg(peaks)}</div><div class="narrow">{svg(peaks, width=340)}</div></div>'
+    )
 
 
 def _timeline(samples: Sequence[Sample], peak: int) -> str:
@@ -294,5 +302,5 @@ def _advice(found: Profile) -> str:
         for advice in found.advice
     )
     peaks = {"as it is": found.advice[0].before, **{advice.change: advice.after for advice in found.advice}}
-    bars = f'<div class="scroll">{svg(peaks)}</div>'
+    bars = _bars(peaks)
     return f"<section><h2>What would take less, by an estimate</h2><ul>{items}</ul>{bars}</section>"

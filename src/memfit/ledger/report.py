@@ -111,12 +111,13 @@ def to_dict(measured: Ledger | Peak) -> dict[str, object]:
     return {**measured.to_dict()}
 
 
-def svg(peaks: Mapping[str, Peak], *, title: str = "Memory at the peak, by line") -> str:
+def svg(peaks: Mapping[str, Peak], *, title: str = "Memory at the peak, by line", width: int = 720) -> str:
     """A picture of the five lines: one horizontal stacked bar per peak, on one scale, with a legend.
 
     Args:
         peaks: what to call each bar, in the order from top to bottom.
         title: the picture's name for those who cannot see it.
+        width: in CSS pixels, at least 320; it is drawn smaller where its column is.
 
     Returns:
         One ``<svg>`` element to put into a page: no scripts and no external parts. It takes the text colour of the
@@ -124,7 +125,8 @@ def svg(peaks: Mapping[str, Peak], *, title: str = "Memory at the peak, by line"
         ``--memfit-gradients``, ``--memfit-optimizer``, ``--memfit-activations`` and ``--memfit-workspace`` where the
         page sets them.
     """
-    width, left, bar, pitch, top = 720, 8, 30, 66, 34
+    left, bar, pitch = 8, 30, 66
+    legend, top = _legend(left, width)
     widest = max((peak.total for peak in peaks.values()), default=0)
     # The total stands to the right of its bar.
     room = width - left - 100
@@ -134,11 +136,7 @@ def svg(peaks: Mapping[str, Peak], *, title: str = "Memory at the peak, by line"
         f'aria-label="{escape(title)}" style="max-width:{width}px;height:auto;font:13px system-ui,sans-serif">',
         f"<title>{escape(title)}</title>",
     ]
-    at = float(left)
-    for line in LINES:
-        parts.append(f'<rect x="{at:.0f}" y="6" width="12" height="12" rx="2" style="fill:{_fill(line)}"/>')
-        parts.append(f'<text x="{at + 18:.0f}" y="17" fill="currentColor">{line}</text>')
-        at += 40 + 8 * len(line)
+    parts += legend
     for number, (name, peak) in enumerate(peaks.items()):
         y = top + number * pitch
         parts.append(f'<text x="{left}" y="{y + 14}" fill="currentColor" font-weight="600">{escape(name)}</text>')
@@ -165,6 +163,21 @@ def svg(peaks: Mapping[str, Peak], *, title: str = "Memory at the peak, by line"
         parts.append(f'<text x="{x + 8:.1f}" y="{y + 41}" fill="currentColor" font-weight="600">{total}</text>')
     parts.append("</svg>")
     return "".join(parts)
+
+
+def _legend(left: int, width: int) -> tuple[list[str], int]:
+    """The parts of the legend, in as many rows as it takes, and its height."""
+    parts: list[str] = []
+    at, row = left, 0
+    for line in LINES:
+        length = 40 + 8 * len(line)
+        if at + length > width and at > left:
+            at, row = left, row + 1
+        y = 6 + 20 * row
+        parts.append(f'<rect x="{at}" y="{y}" width="12" height="12" rx="2" style="fill:{_fill(line)}"/>')
+        parts.append(f'<text x="{at + 18}" y="{y + 11}" fill="currentColor">{line}</text>')
+        at += length
+    return parts, 34 + 20 * row
 
 
 def _fill(line: str) -> str:
