@@ -1,4 +1,4 @@
-"""What all tests share: Ctrl-C works, also where the suite runs in the background of a shell, which ignores it there."""
+"""What all tests share: Ctrl-C works, also where the suite runs in the background of a shell that ignores it."""
 
 from __future__ import annotations
 
