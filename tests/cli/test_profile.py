@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from textwrap import dedent
 
@@ -188,6 +193,29 @@ def test_bad_input_gets_one_sentence(arguments: list[str], said: str) -> None:
     assert "Traceback" not in result.output
     assert list(Path().glob("*.json")) == []
     assert Path("net.py").read_text() == dedent(TASK)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM that a program could hear")
+def test_sigterm_ends_the_fresh_process_too() -> None:
+    Path("slow.py").write_text(
+        "import os, time\n\ndef task():\n    print(os.getpid(), flush=True)\n    time.sleep(300)\n"
+    )
+    command = [sys.executable, "-c", "from memfit.cli.app import main; main()", "profile", "slow.py:task"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline() == "profiling it\n"
+        child = int(running.stderr.readline())
+        running.terminate()
+        assert running.wait(60) == 128 + signal.SIGTERM
+    for _ in range(100):  # killed, and then reaped by whoever is there
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    state = Path(f"/proc/{child}/stat")
+    assert state.exists()
+    assert state.read_text().rpartition(")")[2].split()[0] == "Z", "the child runs on"
 
 
 def test_a_file_that_python_cannot_read_is_named() -> None:
