@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from memfit.ledger import LINES, Instant, LiveTensor, Peak
+from memfit.ledger.advice import Advice
 from memfit.ledger.page import render, thin_out
-from memfit.ledger.profile import Advice, Profile, ProfileConfig
+from memfit.ledger.profile import Profile
+from memfit.ledger.target import ProfileConfig
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 MIB = 1 << 20

@@ -10,8 +10,9 @@ import pytest
 from memfit.errors import MemfitError
 from memfit.ledger import LINES, Instant, Peak
 from memfit.ledger.picture import draw_png
-from memfit.ledger.profile import Profile, ProfileConfig
+from memfit.ledger.profile import Profile
 from memfit.ledger.report import COLOURS
+from memfit.ledger.target import ProfileConfig
 
 MIB = 1 << 20
 

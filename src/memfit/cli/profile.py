@@ -16,9 +16,10 @@ from memfit.files import atomic_write, check_writable
 from memfit.ledger.account import LINES, LiveTensor, Peak
 from memfit.ledger.page import render
 from memfit.ledger.picture import check_can_draw, draw_png
-from memfit.ledger.profile import Profile, ProfileConfig
+from memfit.ledger.profile import Profile
 from memfit.ledger.profile import profile as measure
 from memfit.ledger.report import describe, format_bytes
+from memfit.ledger.target import ProfileConfig
 
 _MODULES = 10
 

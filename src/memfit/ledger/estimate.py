@@ -73,10 +73,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Keep a model as it is while a copy of it goes through a step.
 
     Raises:
-        MemfitError: it has given some: the loss does not use the model that it is given.
+        MemfitError: the step has reached the model itself, for the loss does not use the one that it is given.
     """
     before = [(parameter, parameter.grad) for parameter in model.parameters()]
-    reached = False
     for parameter, _ in before:
         parameter.grad = None
     try:

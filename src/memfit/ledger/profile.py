@@ -13,77 +13,26 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from memfit.convert import convert_
-from memfit.errors import ConversionError, MemfitError
+from memfit.errors import MemfitError
 from memfit.ledger.account import LINES, Instant, LiveTensor, Peak
+from memfit.ledger.advice import Advice, advise
 from memfit.ledger.book import Ledger
-from memfit.ledger.estimate import fake_copy, fake_tensor_mode, second_step, untouched
 from memfit.ledger.process import process_peak
-from memfit.ledger.report import format_bytes
 from memfit.ledger.source import is_users
-from memfit.ledger.target import Task, fused_adam, load_target, parse_conversion, parse_optimizer
+from memfit.ledger.target import ProfileConfig, Task, load_target, prepare
 from memfit.run.interrupts import stopping_in_order
 from memfit.schedule.allocator import release_freed_memory
 
-_RANKS = (16, 8, 4)
-_WORTH_SAYING, _TRUSTED = 0.95, 0.05
 _COMPILED = (
     "Part of the step is compiled. The ledger sees no tensor of compiled code, so its step ran uncompiled; the "
     "process's peak is that of compiled steps, the compiler's own memory included."
 )
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """What to profile.
-
-    Attributes:
-        target: ``package.module:function`` or ``file.py:function``, which returns ``(model, batch, loss)``.
-        optimizer: of ``torch.optim``, such as ``AdamW`` or ``SGD(lr=0.1, momentum=0.9)``.
-        conversions: each such as ``LowRankGradient(rank=16)@encoder.*``, in this order.
-        steps: training steps for the process's peak; the ledger sees one more.
-    """
-
-    target: str
-    optimizer: str = "AdamW"
-    conversions: tuple[str, ...] = ()
-    steps: int = 3
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise MemfitError(f"a profile takes 1 step or more, not {self.steps}.")
-        parse_optimizer(self.optimizer)
-        for conversion in self.conversions:
-            parse_conversion(conversion)
-
-
-@dataclass(frozen=True)
-class Advice:
-    """A setting that would take less, by an estimate of the same step.
-
-    Attributes:
-        change: the conversion or the optimizer to try, as the command line takes it.
-        before: the peak as it is, by the same estimate.
-        after: the peak with the change.
-    """
-
-    change: str
-    before: Peak
-    after: Peak
-
-    def __str__(self) -> str:
-        moved = {
-            line: value - self.after.to_dict()[line] for line, value in self.before.to_dict().items() if line != "total"
-        }
-        most = max(moved, key=lambda line: moved[line])
-        saved = 1 - self.after.total / self.before.total
-        return f"{self.change} would take {saved:.0%} less at the peak, most of it from the {most}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +119,7 @@ def profile_here(config: ProfileConfig) -> Profile:
     _load_optimizers()
     make = load_target(config.target)
     with process_peak() as process:
-        task, optimizer = _made(make(), config)
+        task, optimizer = prepare(make(), config)
         task.model.train()
         for _ in range(config.steps):
             _step(task, optimizer)
@@ -180,7 +129,7 @@ def profile_here(config: ProfileConfig) -> Profile:
     del optimizer
     advice, why_none = [], ""
     try:
-        advice = _advice(task, config, book.peak)
+        advice = advise(task, config, book.peak)
     except MemfitError as error:
         why_none = str(error)
     except Exception as error:  # the user's code, which has run on real tensors and does not on fake ones
@@ -197,14 +146,6 @@ def profile_here(config: ProfileConfig) -> Profile:
         no_advice=why_none,
         notes=[_COMPILED] if compiled else [],
     )
-
-
-def _made(task: Task, config: ProfileConfig) -> tuple[Task, torch.optim.Optimizer]:
-    for text in config.conversions:
-        conversion = parse_conversion(text)
-        convert_(task.model, conversion.technique, conversion.where)
-    trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-    return task, parse_optimizer(config.optimizer)(trained)
 
 
 def _has_compiled() -> bool:
@@ -231,69 +172,6 @@ def _load_optimizers() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.AdamW([parameter]).step()
-
-
-# -- what would help -----------------------------------------------------------------------------------------------
-
-
-def _advice(task: Task, config: ProfileConfig, measured: Peak) -> list[Advice]:
-    """Settings whose estimate is clearly below that of the task as it is, the smallest first.
-
-    Raises:
-        MemfitError: the task cannot be estimated, or the estimate is not what was measured.
-    """
-    plain = load_target(config.target)() if config.conversions else task
-    before = _estimated(plain, config)
-    if abs(before.total - measured.total) > _TRUSTED * measured.total:
-        raise MemfitError(
-            f"an estimate of the step finds {format_bytes(before.total)} where {format_bytes(measured.total)} were "
-            "measured: the loss may use tensors that are neither in the model nor in the batch."
-        )
-    found = []
-    for changed, change in _candidates(plain, config):
-        try:
-            after = _estimated(plain, changed)
-        except MemfitError:
-            continue
-        if after.total < _WORTH_SAYING * before.total:
-            found.append(Advice(change, before, after))
-    return sorted(found, key=lambda advice: advice.after.total)
-
-
-def _candidates(task: Task, config: ProfileConfig) -> list[tuple[ProfileConfig, str]]:
-    found = []
-    if not config.conversions:
-        recurrent = any(isinstance(module, torch.nn.RNNBase) for module in task.model.modules())
-        for more in ("", ", sides='left'", *([", sides='left', rematerialize=True"] if recurrent else [])):
-            for rank in _RANKS:
-                conversion = f"LowRankGradient(rank={rank}{more})@*"
-                if _converts(task, conversion):
-                    found.append((replace(config, conversions=(conversion,)), f"--convert {conversion!r}"))
-                    break
-    if fused := fused_adam(config.optimizer):
-        found.append((replace(config, optimizer=fused), f"--optimizer {fused!r}"))
-    return found
-
-
-def _converts(task: Task, conversion: str) -> bool:
-    try:
-        fake = fake_tensor_mode()
-        model = fake_copy(fake, task.model)
-        parsed = parse_conversion(conversion)
-        with fake:
-            convert_(model, parsed.technique, parsed.where)
-    except ConversionError:
-        return False
-    return True
-
-
-def _estimated(task: Task, config: ProfileConfig) -> Peak:
-    fake = fake_tensor_mode()
-    model, batch = fake_copy(fake, (task.model, task.batch))
-    with fake:
-        made, optimizer = _made(Task(model, batch, task.loss), config)
-    with untouched(task.model):
-        return second_step(fake, made.model, batch, task.loss, optimizer).peak
 
 
 # -- the fresh process ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from memfit.convert import convert_
 from memfit.errors import MemfitError
 from memfit.gradients.low_rank import LowRankGradient
 from memfit.technique import Technique
@@ -35,6 +37,30 @@ class Conversion(NamedTuple):
 
     technique: Technique
     where: str
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What to profile.
+
+    Attributes:
+        target: ``package.module:function`` or ``file.py:function``, which returns ``(model, batch, loss)``.
+        optimizer: of ``torch.optim``, such as ``AdamW`` or ``SGD(lr=0.1, momentum=0.9)``.
+        conversions: each such as ``LowRankGradient(rank=16)@encoder.*``, in this order.
+        steps: training steps for the process's peak; the ledger sees one more.
+    """
+
+    target: str
+    optimizer: str = "AdamW"
+    conversions: tuple[str, ...] = ()
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise MemfitError(f"a profile takes 1 step or more, not {self.steps}.")
+        parse_optimizer(self.optimizer)
+        for conversion in self.conversions:
+            parse_conversion(conversion)
 
 
 def load_target(text: str) -> Callable[[], Task]:
@@ -103,6 +129,19 @@ def parse_optimizer(text: str) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
             raise MemfitError(f"torch.optim.{name} refuses {text!r}: {error}.") from None
 
     return make
+
+
+def prepare(task: Task, config: ProfileConfig) -> tuple[Task, Optimizer]:
+    """Convert the task's model in place, and make the optimizer of what trains.
+
+    Raises:
+        MemfitError: a conversion matches no layer, nothing trains, or the optimizer refuses its arguments.
+    """
+    for text in config.conversions:
+        conversion = parse_conversion(text)
+        convert_(task.model, conversion.technique, conversion.where)
+    trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    return task, parse_optimizer(config.optimizer)(trained)
 
 
 def fused_adam(text: str) -> str:

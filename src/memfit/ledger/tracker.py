@@ -127,14 +127,15 @@ class Tracker:
         with ExitStack() as stack:
             # Without their references the storages that outlive the region no longer report to anyone, and without
             # these bonds the tracker, and with it the model, goes when the region does.
-            stack.callback(self._part)
+            stack.callback(self._let_go)
             stack.enter_context(self.position.following())
             stack.enter_context(_resizes_reported(self._resized))
             stack.callback(self._claim_all)
             stack.enter_context(_Mode(self))
             yield
 
-    def _part(self) -> None:
+    def _let_go(self) -> None:
+        """Undo what ties the tracker to storages, position and itself."""
         self._live.clear()
         self._inputs.clear()
         del self._when_freed
