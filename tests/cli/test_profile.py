@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -193,6 +194,18 @@ def test_bad_input_gets_one_sentence(arguments: list[str], said: str) -> None:
     assert "Traceback" not in result.output
     assert list(Path().glob("*.json")) == []
     assert Path("net.py").read_text() == dedent(TASK)
+
+
+def test_a_file_that_cannot_be_written_in_the_end_does_not_take_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("memfit.files.os.fsync", full)
+    result = run("net.py:task", "--steps", "1", "--json", "found.json")
+    assert result.exit_code == 2
+    assert "found.json: the profile cannot be written: the disk is full" in result.output
+    assert "The peak is in" in result.stdout
+    assert sorted(path.name for path in Path().iterdir() if path.is_file()) == ["net.py"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM that a program could hear")

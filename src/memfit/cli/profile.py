@@ -63,13 +63,13 @@ def profile(
     say("profiling it" + (" converted" if config.conversions else ""))
     profiles["converted" if config.conversions else "as it is"] = measure(config)
 
-    if html is not None:
-        write(html, "page", render(profiles).encode())
-    if png is not None:
-        write(png, "picture", draw_png(profiles))
-    if json_file is not None:
-        figures = {name: found.to_dict() for name, found in profiles.items()}
-        write(json_file, "profile", json.dumps(figures).encode() + b"\n")
+    figures = {name: found.to_dict() for name, found in profiles.items()}
+    outputs = (
+        (html, "page", lambda: render(profiles).encode()),
+        (png, "picture", lambda: draw_png(profiles)),
+        (json_file, "profile", lambda: json.dumps(figures).encode() + b"\n"),
+    )
+    failures = [failure for file, what, make in outputs if file and (failure := _failure(file, what, make()))]
 
     *_, last = profiles.values()
     show_lines(profiles)
@@ -80,6 +80,8 @@ def profile(
     show("")
     for sentence in in_words(last):
         show(sentence)
+    if failures:  # a full disk does not take away what was found
+        raise failures[0]
 
 
 def _check_outputs(target: str, files: dict[str, Path | None]) -> None:
@@ -100,10 +102,14 @@ def _check_outputs(target: str, files: dict[str, Path | None]) -> None:
         taken.append(place)
 
 
-def write(path: Path, what: str, content: bytes) -> None:
-    """A whole file or none."""
-    with atomic_write(path, what, MemfitError) as file:
-        file.write(content)
+def _failure(path: Path, what: str, content: bytes) -> MemfitError | None:
+    """Write a whole file or none; what went wrong, if anything did."""
+    try:
+        with atomic_write(path, what, MemfitError) as file:
+            file.write(content)
+    except MemfitError as error:
+        return error
+    return None
 
 
 def show_lines(profiles: dict[str, Profile]) -> None:

@@ -199,6 +199,8 @@ def main_of_fresh_process(config_text: str, result: str) -> None:
         sys.exit(130)
     except Exception as error:  # the user's code; where it failed is what they need
         said = " ".join(str(error).split()) or "no message"
+        if "allocate memory" in said or isinstance(error, MemoryError):
+            said += "; memfit.estimate needs no memory of the model's size"
         found = {"error": f"{config['target']} fails with {type(error).__name__}: {said} (at {_place_of(error)})."}
     Path(result).write_text(json.dumps(found), encoding="utf-8")
 
