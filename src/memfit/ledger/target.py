@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from memfit.activations.gradient_filter import GradientFilter
 from memfit.convert import convert_
 from memfit.errors import MemfitError
 from memfit.gradients.low_rank import LowRankGradient
 from memfit.technique import Technique
 
-TECHNIQUES: dict[str, type[Technique]] = {"LowRankGradient": LowRankGradient}
+TECHNIQUES: dict[str, type[Technique]] = {"LowRankGradient": LowRankGradient, "GradientFilter": GradientFilter}
 """The techniques that a conversion may name."""
 
 
