@@ -18,6 +18,7 @@ Its formulas are for s = 1; the factor 1 / s^2 and the alignment with uneven pad
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -47,12 +48,14 @@ class Plan(NamedTuple):
         outputs: patches of y.
         shifts: on each axis, by how many patches neighbouring taps lie apart; 0 where taps are summed.
         spread_over: input pixels that share one output pixel's gradient.
+        pixels: of y in each patch, or None where patches at the border have fewer.
     """
 
     inputs: Cuts
     outputs: Cuts
     shifts: tuple[int, int]
     spread_over: int
+    pixels: int | None
 
 
 @lru_cache(maxsize=4096)
@@ -60,7 +63,8 @@ def plan(x: tuple[int, int], y: tuple[int, int], windows: tuple[Window, Window],
     """Cut input and output maps of the given sizes (H, W) into patches that belong to each other."""
     axes = [_plan_axis(*each) for each in zip(x, y, windows, patch, strict=True)]
     inputs, outputs, shifts, strides = zip(*axes, strict=True)
-    return Plan(inputs, outputs, shifts, prod(strides))
+    even = all(cut.size == cut.patches * cut.width for cut in outputs)
+    return Plan(inputs, outputs, shifts, prod(strides), outputs[0].width * outputs[1].width if even else None)
 
 
 def _plan_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, Cut, int, int]:
@@ -136,18 +140,19 @@ class _FilteredConvolution(torch.autograd.Function):
         cut, groups = ctx.plan, ctx.groups
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
-        with torch.autocast(g.device.type, enabled=False):
+        with _no_autocast(g.device.type):
             # Maps of patches are small: they are summed in the weight's precision.
             means = pool(g, cut.outputs).to(weight.dtype)
             if needs_dx:
-                coarse = input_gradient(means, weight, cut.shifts, groups)
-                if cut.spread_over > 1:
-                    coarse = coarse / cut.spread_over
+                coarse = input_gradient(means, weight, cut.shifts, groups, 1 / cut.spread_over)
                 dx = spread(coarse.to(ctx.x_dtype), cut.inputs, ctx.channels_last)
-            if needs_dweight or needs_dbias:
-                sums = means * counts(cut.outputs, means)
-                if needs_dweight:
-                    dweight = weight_gradient(sums, pooled.to(weight.dtype), weight, cut.shifts, groups)
-                if needs_dbias:
-                    dbias = sums.sum((0, 2, 3))
+            pixels = cut.pixels or counts(cut.outputs, means)
+            if needs_dweight:
+                dweight = weight_gradient(means, pooled.to(weight.dtype), weight, cut.shifts, groups, pixels)
+            if needs_dbias:
+                dbias = (means * pixels).sum((0, 2, 3))
         return dx, dweight, dbias, None, None, None, None
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

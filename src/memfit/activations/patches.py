@@ -129,6 +129,6 @@ def _spread_thinly(coarse: Tensor, cuts: Cuts, channels_last: bool) -> Tensor:
 
 
 def counts(cuts: Cuts, like: Tensor) -> Tensor:
-    """The number of real pixels of each patch: (patches of H, patches of W), of the dtype of ``like``."""
+    """The number of real pixels of each patch: (patches of H, patches of W), of the dtype and device of ``like``."""
     rows, columns = (torch.tensor(cut.counts(), dtype=like.dtype, device=like.device) for cut in cuts)
     return rows.unsqueeze(1) * columns

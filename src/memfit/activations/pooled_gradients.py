@@ -1,12 +1,14 @@
 """The two products of a filtered backward, on maps of one number for each patch.
 
-With G the means of the output's gradient, N their sums and X the means of the input over patches q:
+With G the means of the output's gradient, n the pixels of a patch and X the means of the input over patches q:
 
-    grad X[i, q] = sum over o of  G[o, q] W[o, i]          W = sum of w over its taps
-    grad w[o, i] = sum over q of  N[o, q] X[i, q]          at every tap
+    grad X[i, q] = sum over o of    G[o, q] W[o, i]          W = sum of w over its taps
+    grad w[o, i] = sum over q of  n G[o, q] X[i, q]          at every tap
 
 Where neighbouring taps lie ``shift`` patches apart along an axis, taps of that axis are not summed, and the products
 are the gradients of a convolution with that dilation.
+
+The maps are so small that each operator of torch counts: hence ``addmm``, which scales on the way.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 Shifts = tuple[int, int]
 
 
-def input_gradient(means: Tensor, weight: Tensor, shifts: Shifts, groups: int) -> Tensor:
+def input_gradient(means: Tensor, weight: Tensor, shifts: Shifts, groups: int, scale: float) -> Tensor:
     """The gradient that each input patch gets, summed over the taps.
 
     Args:
@@ -25,63 +27,78 @@ def input_gradient(means: Tensor, weight: Tensor, shifts: Shifts, groups: int) -
         weight: (C_out, C_in / groups, kernel of H, kernel of W).
         shifts: patches between neighbouring taps along H and W; 0 where the taps are summed.
         groups: of the channels.
+        scale: what the result is multiplied by.
 
     Returns:
         (B, C_in, Q, R).
     """
-    batch, _, *patches = means.shape
+    batch, channels, *patches = means.shape
+    inputs = weight.shape[1]
     taps = _sum_taps(weight, shifts)
     if any(shifts):
-        like = means.new_empty(1).expand(batch, weight.shape[1] * groups, *patches)
-        return _backward(means, like, taps, shifts, groups, (True, False, False))[0]
-    rows = _rows(means, groups)
-    matrices = taps.reshape(groups, -1, weight.shape[1])
-    if matrices.shape[1] == 1:  # one output channel of a group: no product of matrices
-        return _maps((rows * matrices.squeeze(1)).flatten(1), batch, patches)
-    if groups == 1:
-        return _maps(rows.squeeze(1) @ matrices[0], batch, patches)
-    return _maps(torch.einsum("mgo,goi->mgi", rows, matrices).flatten(1), batch, patches)
+        like = means.new_empty(1).expand(batch, inputs * groups, *patches)
+        coarse = _backward(means, like, taps, shifts, groups, (True, False, False))[0]
+    elif groups == 1:
+        rows = _scaled_product(_rows(means), taps.view(channels, inputs), scale)
+        return rows.view(batch, *patches, inputs).permute(0, 3, 1, 2)
+    elif channels == groups and inputs == 1:
+        coarse = means * taps.view(channels, 1, 1)
+    else:
+        rows = _rows(means).view(-1, groups, channels // groups)
+        coarse = torch.einsum("mgo,goi->mgi", rows, taps.view(groups, -1, inputs))
+        coarse = coarse.reshape(batch, *patches, -1).permute(0, 3, 1, 2)
+    return coarse if scale == 1 else coarse.mul_(scale)
 
 
-def weight_gradient(sums: Tensor, pooled: Tensor, weight: Tensor, shifts: Shifts, groups: int) -> Tensor:
+def weight_gradient(
+    means: Tensor, pooled: Tensor, weight: Tensor, shifts: Shifts, groups: int, pixels: int | Tensor
+) -> Tensor:
     """The weight's gradient.
 
     Args:
-        sums: (B, C_out, Q, R), of the output's gradient over patches.
+        means: (B, C_out, Q, R), of the output's gradient over patches.
         pooled: (B, C_in, Q, R), means of the input over patches.
-        weight: (C_out, C_in / groups, kernel of H, kernel of W), of which shape and layout are used.
+        weight: (C_out, C_in / groups, kernel of H, kernel of W), of which the shape is used.
         shifts: patches between neighbouring taps along H and W; 0 where all taps get the same.
         groups: of the channels.
+        pixels: of the output in each patch: one number, or (Q, R).
 
     Returns:
-        Shaped and laid out in memory as ``weight``, so that autograd keeps it and makes no copy.
+        Shaped as ``weight``; where all taps get the same, expanded to them. Autograd lays it out when it makes, or adds
+        to, the parameter's ``grad``.
     """
+    outputs, inputs = weight.shape[:2]
+    scale = 1 if isinstance(pixels, Tensor) else pixels
+    sums = means * pixels if isinstance(pixels, Tensor) else means
     if any(shifts):
         taps = weight[tuple(slice(None) if shift else slice(1) for shift in (1, 1, *shifts))]
         gradient = _backward(sums, pooled, taps, shifts, groups, (False, True, False))[1]
+        return (gradient * scale).expand_as(weight)
+    if groups == 1:
+        gradient = _scaled_product(_rows(sums).t(), _rows(pooled), scale)
+    elif outputs == groups and inputs == 1:
+        gradient = (sums * pooled).sum((0, 2, 3)) * scale
     else:
-        n, x = _rows(sums, groups), _rows(pooled, groups)
-        if groups == 1:
-            gradient = n.squeeze(1).t() @ x.squeeze(1)
-        elif n.shape[2] == x.shape[2] == 1:  # depthwise
-            gradient = (n * x).sum(0)
-        else:
-            gradient = torch.einsum("mgo,mgi->goi", n, x)
-        gradient = gradient.reshape(*weight.shape[:2], 1, 1)
-    return torch.empty_like(weight, memory_format=torch.preserve_format).copy_(gradient)
+        n, x = (_rows(each).view(-1, groups, each.shape[1] // groups) for each in (sums, pooled))
+        gradient = torch.einsum("mgo,mgi->goi", n, x) * scale
+    return gradient.reshape(outputs, inputs, 1, 1).expand_as(weight)
 
 
 def _sum_taps(weight: Tensor, shifts: Shifts) -> Tensor:
     """The kernel, summed over the axes without a shift, which keep a size of 1."""
-    summed = [axis + 2 for axis, shift in enumerate(shifts) if not shift and weight.shape[axis + 2] > 1]
-    if len(summed) < 2:
+    outputs, inputs, height, width = weight.shape
+    if any(shifts):
+        summed = [axis + 2 for axis, shift in enumerate(shifts) if not shift]
         return weight.sum(summed, keepdim=True) if summed else weight
-    taps = weight.shape[2] * weight.shape[3]
+    if height == width == 1:
+        return weight
+    if inputs == 1:
+        return weight.sum((2, 3), keepdim=True)
     if weight.is_contiguous():
-        total = weight.view(-1, taps) @ weight.new_ones(taps)  # twice as fast as a sum over such a short axis
+        total = weight.view(-1, height * width) @ weight.new_ones(height * width)  # twice as fast as sum((2, 3))
     else:
-        total = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], taps, -1).sum(1)
-    return total.view(*weight.shape[:2], 1, 1)
+        total = weight.permute(0, 2, 3, 1).reshape(outputs, height * width, inputs).sum(1)
+    return total.view(outputs, inputs, 1, 1)
 
 
 def _backward(
@@ -95,11 +112,12 @@ def _backward(
     )
 
 
-def _rows(maps: Tensor, groups: int) -> Tensor:
-    """(B, C, Q, R) as (B Q R, groups, C / groups); a view with the channels last."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, groups, maps.shape[1] // groups)
+def _scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return first @ second
+    return torch.addmm(first.new_empty(1), first, second, beta=0, alpha=scale)
 
 
-def _maps(rows: Tensor, batch: int, patches: list[int]) -> Tensor:
-    """The way back: (B Q R, C) as (B, C, Q, R), in the channels-last format."""
-    return rows.view(batch, *patches, -1).permute(0, 3, 1, 2)
+def _rows(maps: Tensor) -> Tensor:
+    """(B, C, Q, R) as (B Q R, C); a view with the channels last."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
