@@ -222,7 +222,8 @@ def _from_arrays(path: Path, size: int) -> ImageData:
 
 def _read_arrays(path: Path) -> dict[str, numpy.ndarray]:
     try:
-        with numpy.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream:
+            file = numpy.load(stream, allow_pickle=False)
             if not isinstance(file, numpy.lib.npyio.NpzFile):
                 raise DataError(f"{path}: holds one array; save several, {', '.join(_ARRAYS)}, with numpy.savez.")
             missing = [name for name in _ARRAYS if name not in file.files]
