@@ -32,13 +32,15 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
             f"{listed(name for name, _ in model.named_children())}, and those within them."
         )
     model.train().requires_grad_(False)
+    chosen: set[nn.Module] = set()
     for name, module in model.named_modules():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             module.requires_grad_(True)
+            chosen.update(module.modules())
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise MemfitError(f"{listed(patterns)} has no parameters: choose modules that have some to train.")
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and not any(weight.requires_grad for weight in module.parameters()):
+        if isinstance(module, _BatchNorm) and module not in chosen:
             module.eval()
 
 
@@ -52,7 +54,8 @@ def check_scores(model: nn.Module, name: str, classes: int, size: int) -> None:
     try:
         scores = _scores_of_one(model, size)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise MemfitError(f"{where} raises {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0]
+        raise MemfitError(f"{where} raises {type(error).__name__}: {reason}") from error
     if not isinstance(scores, Tensor) or scores.shape != (1, classes):
         found = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
         raise MemfitError(f"{where} gives {found}, and should give scores of shape (1, {classes}).")

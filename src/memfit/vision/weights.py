@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -99,7 +100,9 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], tuple[str, ...] | None]:
         raise DataError(f"{path}: weights are read from .safetensors, .pth and .pt files; is this one of them?")
     payload = model_file.read_bytes(path)
     try:
-        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about pickles of other kinds, which the error is about as well
+            warnings.simplefilter("ignore")
+            state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         raise DataError(
             f"{path}: not a file of plain tensors, or a damaged one; write it by torch.save(model.state_dict(), ...)."
