@@ -104,17 +104,27 @@ def spread(coarse: Tensor, cuts: Cuts, channels_last: bool) -> Tensor:
 def _repeat(coarse: Tensor, cuts: Cuts, size: tuple[int, int], channels_last: bool) -> Tensor:
     """Each number ``width`` times along both axes, cut off at ``size``."""
     (height, width), (rows, columns) = size, cuts
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if rows.patches == columns.patches == 1:
+        return coarse.expand(-1, -1, height, width).contiguous(memory_format=layout)
+    whole = (rows.patches * rows.width, columns.patches * columns.width)
     if channels_last and max(rows.width, columns.width) <= _SCALES_EXACT_TO:
-        coarse = coarse.contiguous(memory_format=torch.channels_last)
-        if rows.width == columns.width == 1:
-            return coarse[:, :, :height, :width]
-        return torch.ops.aten.upsample_nearest2d(coarse, size, float(rows.width), float(columns.width))
+        coarse = coarse.contiguous(memory_format=layout)
+        # Where the result is as large, or twice as large, torch takes it that this is the scale.
+        guessed = [
+            each in (cut.patches, 2 * cut.patches) and each != full
+            for each, full, cut in zip(size, whole, cuts, strict=True)
+        ]
+        upsampled = torch.ops.aten.upsample_nearest2d(
+            coarse, whole if any(guessed) else size, float(rows.width), float(columns.width)
+        )
+        return upsampled[:, :, :height, :width].contiguous(memory_format=layout)
     # Along a row by a product with ones and zeros, which BLAS does faster than torch copies single numbers.
     ones = torch.eye(columns.patches, dtype=coarse.dtype, device=coarse.device)
     wide = coarse.contiguous() @ ones.repeat_interleave(columns.width, dim=1)[:, :width]
     batch, channels = coarse.shape[:2]
-    tall = wide.unsqueeze(3).expand(-1, -1, -1, rows.width, -1).reshape(batch, channels, -1, width)[:, :, :height]
-    return tall.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    tall = wide.unsqueeze(3).expand(-1, -1, -1, rows.width, -1).reshape(batch, channels, whole[0], width)[:, :, :height]
+    return tall.contiguous(memory_format=layout)
 
 
 def _spread_thinly(coarse: Tensor, cuts: Cuts, channels_last: bool) -> Tensor:
