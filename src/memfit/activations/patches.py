@@ -115,10 +115,9 @@ def _repeat(coarse: Tensor, cuts: Cuts, size: tuple[int, int], channels_last: bo
             each in (cut.patches, 2 * cut.patches) and each != full
             for each, full, cut in zip(size, whole, cuts, strict=True)
         ]
-        upsampled = torch.ops.aten.upsample_nearest2d(
-            coarse, whole if any(guessed) else size, float(rows.width), float(columns.width)
-        )
-        return upsampled[:, :, :height, :width].contiguous(memory_format=layout)
+        full = whole if any(guessed) else size
+        upsampled = torch.ops.aten.upsample_nearest2d.default(coarse, full, float(rows.width), float(columns.width))
+        return upsampled[:, :, :height, :width].contiguous(memory_format=layout) if any(guessed) else upsampled
     # Along a row by a product with ones and zeros, which BLAS does faster than torch copies single numbers.
     ones = torch.eye(columns.patches, dtype=coarse.dtype, device=coarse.device)
     wide = coarse.contiguous() @ ones.repeat_interleave(columns.width, dim=1)[:, :width]

@@ -7,8 +7,6 @@ With G the means of the output's gradient, n the pixels of a patch and X the mea
 
 Where neighbouring taps lie ``shift`` patches apart along an axis, taps of that axis are not summed, and the products
 are the gradients of a convolution with that dilation.
-
-The maps are so small that each operator of torch counts: hence ``addmm``, which scales on the way.
 """
 
 from __future__ import annotations
@@ -39,8 +37,7 @@ def input_gradient(means: Tensor, weight: Tensor, shifts: Shifts, groups: int, s
         like = means.new_empty(1).expand(batch, inputs * groups, *patches)
         coarse = _backward(means, like, taps, shifts, groups, (True, False, False))[0]
     elif groups == 1:
-        rows = _scaled_product(_rows(means), taps.view(channels, inputs), scale)
-        return rows.view(batch, *patches, inputs).permute(0, 3, 1, 2)
+        coarse = (means.permute(0, 2, 3, 1) @ taps.view(channels, inputs)).permute(0, 3, 1, 2)
     elif channels == groups and inputs == 1:
         coarse = means * taps.view(channels, 1, 1)
     else:
@@ -75,7 +72,8 @@ def weight_gradient(
         gradient = _backward(sums, pooled, taps, shifts, groups, (False, True, False))[1]
         return (gradient * scale).expand_as(weight)
     if groups == 1:
-        gradient = _scaled_product(_rows(sums).t(), _rows(pooled), scale)
+        # On the way, the product scales for nothing.
+        gradient = torch.addmm(sums.new_empty(1), _rows(sums).t(), _rows(pooled), beta=0, alpha=scale)
     elif outputs == groups and inputs == 1:
         gradient = (sums * pooled).sum((0, 2, 3)) * scale
     else:
@@ -107,15 +105,9 @@ def _backward(
     """Gradients of a convolution of maps of patches, whose taps lie around each patch."""
     dilation = tuple(max(1, shift) for shift in shifts)
     padding = tuple(step * (size // 2) for step, size in zip(dilation, taps.shape[2:], strict=True))
-    return torch.ops.aten.convolution_backward(
+    return torch.ops.aten.convolution_backward.default(
         g, x, taps, None, (1, 1), padding, dilation, False, (0, 0), groups, wanted
     )
-
-
-def _scaled_product(first: Tensor, second: Tensor, scale: float) -> Tensor:
-    if scale == 1:
-        return first @ second
-    return torch.addmm(first.new_empty(1), first, second, beta=0, alpha=scale)
 
 
 def _rows(maps: Tensor) -> Tensor:
