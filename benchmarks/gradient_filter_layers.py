@@ -1,9 +1,9 @@
 """How much faster is a filtered backward than the exact one, layer by layer?
 
 Every distinct convolution of ResNet-18 and of MobileNetV2 at 224 x 224, and six more, each by itself: PyTorch's own
-backward, memfit's with patches of 2, 4 and 7 and, where their file is given, the authors' public operator, in turn in
-one process, a few calls at a time, each with the channels first and with the channels last. Medians; of each, the
-better layout counts.
+backward, memfit's with patches of 2, 4 and 7, with and without the C++ operator, and, where their file is given, the
+authors' public operator, in turn in one process, a few calls at a time, each with the channels first and with the
+channels last. Medians; of each, the better layout counts.
 
 The time of a filtered backward is all that backward does, through autograd, and the pooling of the input that forward
 does more. Forward is compared as a whole.
@@ -13,6 +13,8 @@ geometric mean on dense 3 x 3 layers with patches of 4; against the authors' ope
 geometric mean with patches of 2 and 4 and slower on none, and forward not slower.
 
     python benchmarks/gradient_filter_layers.py [--peer .../GradientFilter-CVPR23] [--rounds 5]
+
+The C++ operator needs a compiler and ninja.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 import memfit
 from memfit.activations.filtered_convolution import plan
 from memfit.activations.gradient_filter import FilteredConv2d
+from memfit.activations.native import operator
 from memfit.activations.patches import pool
 from memfit.vision import models
 
@@ -42,6 +45,7 @@ PATCHES = (2, 4, 7)
 BATCHES = (8, 1)
 THREADS = (2, 1)
 BLOCK = 3
+METHODS = ("memfit", "native", "peer")  # native: memfit's, with the C++ operator
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
 
 
@@ -132,7 +136,8 @@ def variant(module: nn.Module, x: Tensor, g: Tensor) -> Variant:
         rows, columns = module._windows()
         cuts = plan((x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]), (rows, columns), (patch, patch)).inputs
         pooled = x.detach()
-        extra = lambda: pool(pooled, cuts)  # noqa: E731
+        by = operator().pool if module.technique.native else None  # type: ignore[attr-defined]
+        extra = lambda: pool(pooled, cuts) if by is None else by(pooled, *cuts)  # noqa: E731
     return Variant(lambda: module(x), backward, extra)
 
 
@@ -145,11 +150,11 @@ def variants(layer: Layer, batch: int, peer: Any) -> Iterator[tuple[tuple[str, i
     for layout, memory_format in LAYOUTS.items():
         x = x.detach().contiguous(memory_format=memory_format).requires_grad_(layer.inner)
         g = g.contiguous(memory_format=memory_format)
-        for method, patch in [("exact", 0), *((m, p) for p in PATCHES for m in ("memfit", "peer"))]:
+        for method, patch in [("exact", 0), *((m, p) for p in PATCHES for m in METHODS)]:
             module: nn.Module = layer.make()
             module.load_state_dict(exact.state_dict())
-            if method == "memfit":
-                memfit.convert_(module, memfit.GradientFilter(patch), where="")
+            if method in ("memfit", "native"):
+                memfit.convert_(module, memfit.GradientFilter(patch, native=method == "native"), where="")
             elif method == "peer":
                 if peer is None:
                     continue
@@ -198,14 +203,15 @@ def measure(layer: Layer, batch: int, rounds: int, peer: Any) -> dict[str, Any]:
         "by_layout_ms": {"/".join(map(str, key)): parts for key, parts in median.items()},
     }
     for patch in PATCHES:
-        ours = best("memfit", patch, "backward", "extra")
-        entry = {"memfit_ms": ours, "speedup": row["exact_backward_ms"] / ours}
-        if peer is not None:
-            entry["peer_backward_ms"] = best("peer", patch, "backward")
-            entry["of_peer_backward"] = entry["peer_backward_ms"] / best("memfit", patch, "backward")
-            entry["of_peer_backward_with_pooling"] = entry["peer_backward_ms"] / ours
-            entry["of_peer_forward"] = best("peer", patch, "forward") / best("memfit", patch, "forward")
-        row["patches"][str(patch)] = entry
+        entry = row["patches"][str(patch)] = {}
+        for method in ("memfit", "native"):
+            ours = best(method, patch, "backward", "extra")
+            entry[method] = {"ms": ours, "speedup": row["exact_backward_ms"] / ours}
+            if peer is not None:
+                entry[method] |= {
+                    "of_peer_backward": best("peer", patch, "backward") / best(method, patch, "backward"),
+                    "of_peer_forward": best("peer", patch, "forward") / best(method, patch, "forward"),
+                }
     return row
 
 
@@ -213,38 +219,37 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values)) if values else math.nan
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
     """The goals' figures, of all rows."""
     out: dict[str, Any] = {}
     for patch in map(str, PATCHES):
-        entries = [(row, row["patches"][patch]) for row in rows]
-        dense = [e["speedup"] for r, e in entries if r["layer"]["kernel"] == 3 and r["layer"]["groups"] == 1]
-        depthwise = [e["speedup"] for r, e in entries if r["layer"]["groups"] > 1]
-        one = [e["speedup"] for r, e in entries if r["layer"]["kernel"] == 1]
-        worst = min(entries, key=lambda each: each[1]["speedup"])
+        entries = [(row, row["patches"][patch][method]) for row in rows]
+
+        def speedups(kind: Callable[[dict[str, Any]], bool], entries: Any = entries) -> list[float]:
+            return [entry["speedup"] for row, entry in entries if kind(row["layer"])]
+
+        kinds = {
+            "dense_3x3": speedups(lambda layer: layer["kernel"] == 3 and layer["groups"] == 1),
+            "1x1": speedups(lambda layer: layer["kernel"] == 1),
+            "depthwise": speedups(lambda layer: layer["groups"] > 1),
+        }
+        slowest, entry = min(entries, key=lambda each: each[1]["speedup"])
         out[patch] = {
-            "speedup_dense_3x3": geometric_mean(dense),
-            "speedup_1x1": geometric_mean(one),
-            "speedup_depthwise": geometric_mean(depthwise),
-            "slowest_dense_3x3": min(dense),
-            "slowest_1x1": min(one, default=math.nan),
-            "slowest_depthwise": min(depthwise, default=math.nan),
-            "depthwise_below_2": sum(each < 2 for each in depthwise),
-            "slowest_of_all": [worst[0]["title"], worst[0]["batch"], worst[0]["threads"], worst[1]["speedup"]],
-            "slower_than_exact": sum(e["speedup"] < 1 for _, e in entries),
             "rows": len(entries),
+            "speedup": {kind: geometric_mean(seen) for kind, seen in kinds.items()},
+            "least": {kind: min(seen, default=math.nan) for kind, seen in kinds.items()},
+            "slower_than_exact": sum(entry["speedup"] < 1 for _, entry in entries),
+            "depthwise_below_2": [sum(each < 2 for each in kinds["depthwise"]), len(kinds["depthwise"])],
+            "slowest": [slowest["title"], slowest["batch"], slowest["threads"], entry["speedup"]],
         }
         if "of_peer_backward" in entries[0][1]:
-            peers = [e["of_peer_backward"] for _, e in entries]
-            pooled = [e["of_peer_backward_with_pooling"] for _, e in entries]
-            forward = [e["of_peer_forward"] for _, e in entries]
-            out[patch] |= {
-                "peer_over_memfit_backward": geometric_mean(peers),
-                "peer_over_memfit_backward_least": min(peers),
-                "peer_over_memfit_backward_with_our_pooling": geometric_mean(pooled),
-                "peer_over_memfit_forward": geometric_mean(forward),
-                "peer_over_memfit_forward_least": min(forward),
-            }
+            for part in ("backward", "forward"):
+                ratios = [entry[f"of_peer_{part}"] for _, entry in entries]
+                out[patch][f"of_peer_{part}"] = {
+                    "mean": geometric_mean(ratios),
+                    "least": min(ratios),
+                    "below_1": sum(each < 1 for each in ratios),
+                }
     return out
 
 
@@ -278,14 +283,13 @@ def main() -> None:
             for batch in options.batches:
                 row = {"net": net, "threads": threads, **measure(layer, batch, options.rounds, peer)}
                 rows.append(row)
-                speedups = "  ".join(f"p={p} {e['speedup']:6.1f}" for p, e in row["patches"].items())
-                peers = "  ".join(f"{e.get('of_peer_backward', math.nan):5.1f}" for e in row["patches"].values())
-                print(
-                    f"{net:13} {layer.title:44} batch {batch} threads {threads}  exact "
-                    f"{row['exact_backward_ms']:7.2f} ms  {speedups}   peer/memfit {peers}",
-                    flush=True,
+                told = "  ".join(
+                    f"p={p} {e['memfit']['speedup']:5.1f} {e['native']['speedup']:5.1f}"
+                    for p, e in row["patches"].items()
                 )
-    figures = summary(rows)
+                exact = row["exact_backward_ms"]
+                print(f"{net:13}{layer.title:42} batch {batch} threads {threads} {exact:8.2f} ms {told}", flush=True)
+    figures = {method: summary(rows, method) for method in ("memfit", "native")}
     print(json.dumps(figures, indent=1))
     options.out.write_text(
         json.dumps(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memfit.activations.native import operator, suits
 from memfit.activations.patches import Cut, Cuts, counts, pool, spread
 from memfit.activations.pooled_gradients import input_gradient, weight_gradient
 
@@ -89,6 +90,7 @@ def filtered_convolution(
     windows: tuple[Window, Window],
     groups: int,
     patch: tuple[int, int],
+    native: bool = False,
 ) -> Tensor:
     """``forward(x, weight, bias)``, with the filtered backward.
 
@@ -100,11 +102,12 @@ def filtered_convolution(
         windows: how it reads H and W.
         groups: of its channels.
         patch: size of the patches of the output, in pixels of H and W; cut to the map where that is smaller.
+        native: compute with the C++ operator what that can.
 
     Returns:
         (B, C_out, H', W'), as ``forward`` gives it. It can be differentiated once.
     """
-    return _FilteredConvolution.apply(x, weight, bias, forward, windows, groups, patch)
+    return _FilteredConvolution.apply(x, weight, bias, forward, windows, groups, patch, native)
 
 
 class _FilteredConvolution(torch.autograd.Function):
@@ -118,17 +121,22 @@ class _FilteredConvolution(torch.autograd.Function):
         windows: tuple[Window, Window],
         groups: int,
         patch: tuple[int, int],
+        native: bool,
     ) -> Tensor:
         y = forward(x, weight, bias)
         ctx.plan = cut = plan((x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]), windows, patch)
         ctx.groups, ctx.x_dtype = groups, x.dtype
+        ctx.native = native and not any(cut.shifts) and suits(x, y, weight)
         ctx.channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         pooled = None
         if ctx.needs_input_grad[1]:
-            pooled = pool(x, cut.inputs)
-            if pooled is not x and pooled._is_view():
-                pooled = pooled.clone()  # else it would keep the whole map
-            pooled = pooled.to(y.dtype)
+            if ctx.native:
+                pooled = operator().pool(x, *cut.inputs)
+            else:
+                pooled = pool(x, cut.inputs)
+                if pooled is not x and pooled._is_view():
+                    pooled = pooled.clone()  # else it would keep the whole map
+                pooled = pooled.to(y.dtype)
         # The kernel itself, a parameter, costs nothing; its sum, or a copy in autocast's dtype, would.
         ctx.save_for_backward(pooled, weight)
         return y
@@ -137,21 +145,26 @@ class _FilteredConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         pooled, weight = ctx.saved_tensors
-        cut, groups = ctx.plan, ctx.groups
-        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
+        cut, groups, last = ctx.plan, ctx.groups, ctx.channels_last
+        needs_dx, needs_dweight, needs_dbias = wanted = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
         with _no_autocast(g.device.type):
+            if ctx.native and suits(g, pooled, weight):
+                dx, dweight, dbias = operator().backward(
+                    g, pooled, weight, *cut.inputs, *cut.outputs, groups, last, 1 / cut.spread_over, wanted
+                )
+                return dx, dweight, dbias, *(None,) * 5
             # Maps of patches are small: they are summed in the weight's precision.
             means = pool(g, cut.outputs).to(weight.dtype)
             if needs_dx:
                 coarse = input_gradient(means, weight, cut.shifts, groups, 1 / cut.spread_over)
-                dx = spread(coarse.to(ctx.x_dtype), cut.inputs, ctx.channels_last)
+                dx = spread(coarse.to(ctx.x_dtype), cut.inputs, last)
             pixels = cut.pixels or counts(cut.outputs, means)
             if needs_dweight:
                 dweight = weight_gradient(means, pooled.to(weight.dtype), weight, cut.shifts, groups, pixels)
             if needs_dbias:
                 dbias = (means * pixels).sum((0, 2, 3))
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, *(None,) * 5
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from memfit.activations.filtered_convolution import Window, filtered_convolution
+from memfit.activations.native import operator
 from memfit.convert import ConvertedLayer, Technique
 from memfit.errors import ConversionError
 
@@ -28,6 +29,8 @@ class _FilteredConv(ConvertedLayer, _ConvNd):
     def obstacle(cls, layer: nn.Module, technique: Technique) -> str | None:
         if not cast(_ConvNd, layer).weight.dtype.is_floating_point:
             return f"has weights of {cast(_ConvNd, layer).weight.dtype}: only real numbers are averaged over patches"
+        if cast("GradientFilter", technique).native:
+            operator()
         return None
 
     @classmethod
@@ -80,10 +83,17 @@ class FilteredConv2d(_FilteredConv, nn.Conv2d):
     plain_class = nn.Conv2d
 
     def _filtered(self, x: Tensor) -> Tensor:
-        patch = cast("GradientFilter", self.technique).patch
+        technique = cast("GradientFilter", self.technique)
         rows, columns = self._windows()
         return filtered_convolution(
-            x, self.weight, self.bias, self._conv_forward, (rows, columns), self.groups, (patch, patch)
+            x,
+            self.weight,
+            self.bias,
+            self._conv_forward,
+            (rows, columns),
+            self.groups,
+            (technique.patch, technique.patch),
+            technique.native,
         )
 
 
@@ -93,7 +103,7 @@ class FilteredConv1d(_FilteredConv, nn.Conv1d):
     plain_class = nn.Conv1d
 
     def _filtered(self, x: Tensor) -> Tensor:
-        patch = cast("GradientFilter", self.technique).patch
+        technique = cast("GradientFilter", self.technique)
         row = Window(kernel=1, stride=1, padding=0, dilation=1)
 
         def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,7 +116,8 @@ class FilteredConv1d(_FilteredConv, nn.Conv1d):
             forward,
             (row, self._windows()[0]),
             self.groups,
-            (1, patch),
+            (1, technique.patch),
+            technique.native,
         )
         return y.squeeze(2)
 
@@ -127,9 +138,12 @@ class GradientFilter(Technique):
     Args:
         patch: width and height of a patch in pixels of the layer's output; on smaller maps it is the whole map. Along
             an axis where the kernel is dilated by a patch or more, its taps keep gradients of their own.
+        native: let a C++ operator do it, on the CPU in float32 or float64; all else goes the usual way. It is compiled
+            on first use, which takes a compiler, ninja and about a minute, and pays for small maps, where the time of
+            backward goes into calling torch.
 
     Raises:
-        ConversionError: patch is not a whole number of at least 1.
+        ConversionError: patch is not a whole number of at least 1; or, on conversion, the operator can't be compiled.
 
     Source: arXiv 2301.00330.
 
@@ -139,6 +153,7 @@ class GradientFilter(Technique):
     """
 
     patch: int
+    native: bool = False
 
     layers: ClassVar[Mapping[type[nn.Module], type[ConvertedLayer]]] = {
         nn.Conv1d: FilteredConv1d,
@@ -148,3 +163,5 @@ class GradientFilter(Technique):
     def __post_init__(self) -> None:
         if isinstance(self.patch, bool) or not isinstance(self.patch, int) or self.patch < 1:
             raise ConversionError(f"patch={self.patch!r} is not possible: give a whole number of at least 1.")
+        if not isinstance(self.native, bool):
+            raise ConversionError(f"native={self.native!r} is not possible: give True or False.")

@@ -43,7 +43,7 @@ def input_gradient(means: Tensor, weight: Tensor, shifts: Shifts, groups: int, s
     else:
         rows = _rows(means).view(-1, groups, channels // groups)
         coarse = torch.einsum("mgo,goi->mgi", rows, taps.view(groups, -1, inputs))
-        coarse = coarse.reshape(batch, *patches, -1).permute(0, 3, 1, 2)
+        coarse = coarse.reshape(batch, *patches, inputs * groups).permute(0, 3, 1, 2)
     return coarse if scale == 1 else coarse.mul_(scale)
 
 

@@ -1,0 +1,60 @@
+"""The C++ operator for filtered gradients: compiled on first use, by those who ask for it.
+
+It computes what ``patches`` and ``pooled_gradients`` compute, in one call in place of some twenty of torch's, which is
+what the time of small maps goes into; on large ones it reads and writes each map once. It is never needed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from memfit.errors import ConversionError, require
+
+_SOURCE = Path(__file__).with_name("filtered.cpp")
+
+
+@cache
+def operator() -> ModuleType:
+    """The compiled operator, from torch's folder of extensions when it was compiled before.
+
+    Raises:
+        ConversionError: there is no C++ compiler, or it fails.
+        MissingExtraError: there is no ninja, which runs it.
+    """
+    from torch.utils import cpp_extension  # takes its time, and is for those who need it
+
+    if shutil.which("ninja") is None:
+        require("ninja", extra="native")
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise ConversionError(
+            f"native=True compiles a C++ operator, and there is no compiler {compiler!r}: install one, or leave native "
+            "out."
+        )
+    try:
+        return cpp_extension.load(
+            name="memfit_filtered",
+            sources=[str(_SOURCE)],
+            extra_cflags=["-O3", "-march=native", "-fopenmp"],
+            extra_ldflags=["-fopenmp"],
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConversionError(f"the C++ operator can't be compiled ({reason}): leave native out.") from error
+
+
+def suits(*tensors: Tensor | None) -> bool:
+    """Whether the operator takes these tensors: plain ones on the CPU, float32 or float64, the same for all."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    kind = given[0].dtype
+    return (
+        kind in (torch.float32, torch.float64)
+        and all(tensor.dtype == kind and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter) for tensor in given)
+        and not torch.compiler.is_compiling()
+    )
