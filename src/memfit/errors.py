@@ -15,7 +15,7 @@ class ConversionError(MemfitError):
 
 
 class DataError(MemfitError):
-    """Recordings, transcripts or a model file that cannot be used."""
+    """Recordings, transcripts, images, weights or a model file that cannot be used."""
 
 
 class CheckpointError(MemfitError):

@@ -279,12 +279,12 @@ def _classes(path: Path, names: numpy.ndarray | None, labels: numpy.ndarray) -> 
 def _images_of(part: str, x: numpy.ndarray, y: numpy.ndarray, size: int, keep: bool) -> Images:
     read = partial(_image_of, x, size)
     names = [f"{part} {index}" for index in range(len(x))]
-    kept: Tensor | None = None
-    if keep:
-        kept = torch.empty(len(x), size, size, 3, dtype=torch.uint8)
-        for index in range(len(x)):
-            kept[index] = read(index)
-    return Images(names, torch.from_numpy(y), read, kept)
+    if not keep:
+        return Images(names, torch.from_numpy(y), read, None)
+    kept = torch.empty(len(x), size, size, 3, dtype=torch.uint8)
+    for index in range(len(x)):
+        kept[index] = read(index)
+    return Images(names, torch.from_numpy(y), kept.__getitem__, kept)  # without the array, which is now needed no more
 
 
 def _image_of(x: numpy.ndarray, size: int, index: int) -> Tensor:
