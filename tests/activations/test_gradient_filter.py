@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from itertools import product
 from typing import Any
@@ -47,14 +48,16 @@ def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int) ->
             i // stride // patch if i % stride == 0 and i // stride < patches * patch else None for i in range(size)
         ]
         return {"patches": patches, "owner": owner, "of_y": [t // patch for t in range(outputs)], "taps": [0], "s": 1}
-    middle = (dilation * (kernel - 1) + 1 - stride) / 2
-    start = (int(middle) if middle >= 0 else -int(-middle)) - padding
+    # The centre of what the first patch of y reads, less the centre of a patch of x that begins at 0.
+    reads = [stride * t + dilation * j - padding for t in range(patch) for j in range(kernel)]
+    apart = (min(reads) + max(reads)) / 2 - (patch * stride - 1) / 2
+    start = math.trunc(apart)
     owner = []
     for i in range(size):
         q = (i - start) // (patch * stride)
         owner.append(q if 0 <= q < patches else None)
-    apart = kernel > 1 and kernel % 2 == 1 and dilation >= patch * stride
-    step = round(dilation / (patch * stride)) if apart else 0
+    is_wide = kernel > 1 and kernel % 2 == 1 and dilation >= patch * stride
+    step = round(dilation / (patch * stride)) if is_wide else 0
     taps = [step * (j - kernel // 2) for j in range(kernel)]
     return {
         "patches": patches,

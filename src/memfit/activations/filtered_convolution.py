@@ -76,8 +76,8 @@ def _plan_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut
     if kernel == 1 and padding == 0:  # the pixels between are not read
         every, stride = stride, 1
     width = patch * stride
-    # Centre of what a patch reads, to the pixel: halves towards 0.
-    origin = int((dilation * (kernel - 1) + 1 - stride) / 2) - padding
+    # So that both patches have one centre, to the pixel: halves towards 0.
+    origin = int((dilation * (kernel - 1) + 1 - stride) / 2 - padding)
     shift = round(dilation / width) if kernel % 2 and kernel > 1 and dilation >= width else 0
     return Cut(size, width, patches, origin, every), Cut(outputs, patch, patches), shift, stride
 
