@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from memfit.cli.classify import classify
 from memfit.cli.console import say
 from memfit.cli.demo import demo
+from memfit.cli.filter_scan import filter_scan
 from memfit.cli.finetune import finetune
 from memfit.cli.personalize import personalize
 from memfit.cli.profile import profile
@@ -52,6 +53,7 @@ app.command()(transcribe)
 app.command()(finetune)
 app.command()(classify)
 app.command()(profile)
+app.command()(filter_scan)
 app.command()(demo)
 
 

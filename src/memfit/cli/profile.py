@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from memfit.cli.console import say, show, show_table
+from memfit.cli.outputs import check_outputs, write_output
 from memfit.errors import MemfitError
-from memfit.files import atomic_write, check_writable
 from memfit.ledger.account import LINES, LiveTensor, Peak
 from memfit.ledger.page import render
 from memfit.ledger.picture import check_can_draw, draw_png
@@ -55,7 +55,7 @@ def profile(
         raise MemfitError("--compare needs a conversion to compare with: give --convert.")
     if png is not None:
         check_can_draw()
-    _check_outputs(target, {"page": html, "picture": png, "profile": json_file})
+    check_outputs({"page": html, "picture": png, "profile": json_file}, target)
     profiles: dict[str, Profile] = {}
     if compare:
         say("profiling it as it is")
@@ -69,7 +69,7 @@ def profile(
         (png, "picture", lambda: draw_png(profiles)),
         (json_file, "profile", lambda: json.dumps(figures).encode() + b"\n"),
     )
-    failures = [failure for file, what, make in outputs if file and (failure := _failure(file, what, make()))]
+    failures = [failure for file, what, make in outputs if file and (failure := write_output(file, what, make()))]
 
     *_, last = profiles.values()
     show_lines(profiles)
@@ -82,34 +82,6 @@ def profile(
         show(sentence)
     if failures:  # a full disk does not take away what was found
         raise failures[0]
-
-
-def _check_outputs(target: str, files: dict[str, Path | None]) -> None:
-    """Refuse, before anything is measured, files that could not be written or should not be."""
-    taken: list[Path] = []
-    source = Path(target.rpartition(":")[0]).resolve()
-    for what, file in files.items():
-        if file is None:
-            continue
-        place = file.resolve()
-        if place == source:
-            raise MemfitError(f"{file} is the target itself: choose another file for the {what}.")
-        if place in taken:
-            raise MemfitError(f"{file} is given for two outputs: choose a file for each.")
-        if place.exists() and not place.is_file() and not place.is_dir():
-            raise MemfitError(f"{file} is no ordinary file: choose another for the {what}.")
-        check_writable(file, what, MemfitError)
-        taken.append(place)
-
-
-def _failure(path: Path, what: str, content: bytes) -> MemfitError | None:
-    """Write a whole file or none; what went wrong, if anything did."""
-    try:
-        with atomic_write(path, what, MemfitError) as file:
-            file.write(content)
-    except MemfitError as error:
-        return error
-    return None
 
 
 def show_lines(profiles: dict[str, Profile]) -> None:

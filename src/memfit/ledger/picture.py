@@ -16,7 +16,7 @@ from memfit.ledger.report import COLOURS, describe, format_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DOTS_PER_INCH = 150
+DOTS_PER_INCH = 150
 
 
 def check_can_draw() -> None:
@@ -42,7 +42,7 @@ def draw_png(profiles: Mapping[str, Profile]) -> bytes:
     from matplotlib.figure import Figure
 
     *_, found = profiles.values()
-    figure = Figure(figsize=(9, 4.6 + 0.42 * len(profiles)), layout="constrained", dpi=_DOTS_PER_INCH)
+    figure = Figure(figsize=(9, 4.6 + 0.42 * len(profiles)), layout="constrained", dpi=DOTS_PER_INCH)
     step, bars = figure.subplots(2, 1, height_ratios=(4, 0.6 * len(profiles) + 0.3))
     settings = ", ".join([found.config.optimizer, *found.config.conversions])
     figure.suptitle(f"{found.config.target}, {settings}", fontsize=11, fontweight="bold", wrap=True, parse_math=False)

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,8 +23,7 @@ from memfit.ledger.account import LINES, Instant, LiveTensor, Peak
 from memfit.ledger.advice import Advice, advise
 from memfit.ledger.book import Ledger
 from memfit.ledger.process import process_peak
-from memfit.ledger.source import is_users
-from memfit.ledger.target import ProfileConfig, Task, load_target, prepare
+from memfit.ledger.target import ProfileConfig, Task, describe_failure, load_target, loss_of, prepare
 from memfit.run.interrupts import stopping_in_order
 from memfit.schedule.allocator import release_freed_memory
 
@@ -156,15 +154,8 @@ def _has_compiled() -> bool:
 
 def _step(task: Task, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
-    loss = task.loss(task.model, task.batch)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise MemfitError(f"the target's loss(model, batch) must return a scalar tensor, not {_described(loss)}.")
-    loss.backward()
+    loss_of(task).backward()
     optimizer.step()
-
-
-def _described(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _load_optimizers() -> None:
@@ -198,18 +189,6 @@ def main_of_fresh_process(config_text: str, result: str) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # the user's code; where it failed is what they need
-        said = " ".join(str(error).split()) or "no message"
-        if "allocate memory" in said or isinstance(error, MemoryError):
-            said += "; memfit.estimate needs no memory of the model's size"
-        found = {"error": f"{config['target']} fails with {type(error).__name__}: {said} (at {_place_of(error)})."}
+        advice = "memfit.estimate needs no memory of the model's size"
+        found = {"error": describe_failure(config["target"], error, advice)}
     Path(result).write_text(json.dumps(found), encoding="utf-8")
-
-
-def _place_of(error: Exception) -> str:
-    """File and line of the user's code in which an error came up, or went into a library."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}"
-    frames = [(frame.f_globals.get("__name__"), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    users = [each for each in frames if is_users(each[0])] or frames
-    _, frame, line = users[-1]
-    return f"{frame.f_code.co_filename}:{line}"

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from memfit.activations.gradient_filter import GradientFilter
 from memfit.convert import convert_
 from memfit.errors import MemfitError
 from memfit.gradients.low_rank import LowRankGradient
+from memfit.ledger.source import is_users
 from memfit.technique import Technique
 
 TECHNIQUES: dict[str, type[Technique]] = {"LowRankGradient": LowRankGradient, "GradientFilter": GradientFilter}
@@ -98,6 +100,39 @@ def load_function(text: str) -> Callable[..., Any]:
     if not callable(function):
         raise MemfitError(f"{module_name} has no function {function_name!r}.")
     return cast(Callable[..., Any], function)
+
+
+def loss_of(task: Task) -> Tensor:
+    """The loss of the task's model on its batch.
+
+    Raises:
+        MemfitError: it is no scalar tensor.
+    """
+    loss = task.loss(task.model, task.batch)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise MemfitError(f"the target's loss(model, batch) must return a scalar tensor, not {found}.")
+    return loss
+
+
+def describe_failure(target: str, error: Exception, without_memory: str) -> str:
+    """A sentence on what came up while code of the user's ran, and where in it.
+
+    Args:
+        target: what the user has named.
+        error: as it was caught.
+        without_memory: what to do where memory was too little.
+    """
+    said = " ".join(str(error).split()) or "no message"
+    if _lacks_memory(error):
+        said += f"; {without_memory}"
+    return f"{target} fails with {type(error).__name__}: {said} (at {_place_of(error)})."
+
+
+def is_of_users_code(error: Exception) -> bool:
+    """Whether an error came up in code of the user's, or below it, or for lack of memory; else it is a bug of ours."""
+    frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, SyntaxError) or _lacks_memory(error) or any(map(is_users, frames))
 
 
 def parse_conversion(text: str) -> Conversion:
@@ -199,6 +234,21 @@ def _load_module(name: str) -> Any:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise  # a module that this one imports
         raise MemfitError(f"there is no module {name!r} that Python finds from here.") from None
+
+
+def _lacks_memory(error: Exception) -> bool:
+    said = str(error)
+    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
+
+
+def _place_of(error: Exception) -> str:
+    """File and line of the user's code in which an error came up, or went into a library."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = [(frame.f_globals.get("__name__"), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    users = [each for each in frames if is_users(each[0])] or frames
+    _, frame, line = users[-1]
+    return f"{frame.f_code.co_filename}:{line}"
 
 
 def _kinds(value: object) -> str:

@@ -10,13 +10,19 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The whole model is in eval mode and no gradients are recorded; afterwards each part has its own mode again."""
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Whatever the block does to the modes, each part of the model has its own again afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The whole model is in eval mode and no gradients are recorded; afterwards each part has its own mode again."""
+    with same_modes(model), torch.no_grad():
+        model.eval()
+        yield
