@@ -33,6 +33,8 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/ledger_vs_process.py
 	$(BIN)/python benchmarks/ledger_overhead.py
 	$(BIN)/python benchmarks/kill_and_resume.py
+	$(BIN)/python benchmarks/gradient_filter_layers.py
+	$(BIN)/python benchmarks/gradient_filter_finetune.py --data $${MEMFIT_DATA:-../shared/data}/cifar10-subset.npz --work $(VENV)/pretrained
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # The peers' packages besides, which nothing but the benchmarks needs.
 $(BENCH_STAMP): $(STAMP)
-	$(INSTALL) '.[speech,vision,demo,png,dev,bench]'
+	$(INSTALL) '.[speech,vision,demo,png,native,dev,bench]'
 	touch $@
 
 clean:

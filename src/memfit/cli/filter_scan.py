@@ -19,8 +19,7 @@ from memfit.ledger.target import Task, describe_failure, is_of_users_code, load_
 from memfit.vision.batches import cross_entropy
 from memfit.vision.filter_scan import PATCHES
 from memfit.vision.filter_scan import filter_scan as scan_task
-from memfit.vision.finetune import FinetuneConfig
-from memfit.vision.finetune import _load as load_start
+from memfit.vision.finetune import FinetuneConfig, load
 from memfit.vision.models import ZOO
 from memfit.vision.scan_figures import LEAST_COSINE, FilterScan
 from memfit.vision.scan_page import render
@@ -162,7 +161,7 @@ def show_scan(scan: FilterScan, native: bool) -> None:
 
 def _classifier(config: FinetuneConfig) -> Task:
     """The classifier as the fine-tuning of it would begin, and a batch of its images."""
-    start = load_start(config, say)
+    start = load(config, say)
     torch.manual_seed(config.seed)
     return Task(start.model, next(iter(start.batches)), cross_entropy)
 

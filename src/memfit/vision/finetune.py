@@ -127,7 +127,7 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
-class _Start:
+class Start:
     """What a run starts from.
 
     Attributes:
@@ -181,14 +181,14 @@ def finetune(
         results.refuse_earlier_results(out)
     # Random weights and what a resume restores are this run's own: the caller's random numbers go on undisturbed.
     with undisturbed():
-        start = _load(config, say)
+        start = load(config, say)
         if resume and (finished := results.finished_report(out, start.settings, FinetuneReport)):
             say(f"{out} holds this run's results already")
             return finished
         return _finetune(config, out, start, resume, say, progress, on_step)
 
 
-def _load(config: FinetuneConfig, say: Callable[[str], None]) -> _Start:
+def load(config: FinetuneConfig, say: Callable[[str], None]) -> Start:
     """The model, frozen where it does not train and not yet converted, and the images."""
     say(f"reading images from {config.data}")
     data = load_images(config.data, config.size)
@@ -213,13 +213,13 @@ def _load(config: FinetuneConfig, say: Callable[[str], None]) -> _Start:
         )
     batches = Batches(data.train, config.batch_size, flip=config.flip, fewest=fewest)
     steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * len(batches)
-    return _Start(model, data, batches, steps, knows_classes, _settings(config, model, data, steps))
+    return Start(model, data, batches, steps, knows_classes, _settings(config, model, data, steps))
 
 
 def _finetune(
     config: FinetuneConfig,
     out: Path,
-    start: _Start,
+    start: Start,
     resume: bool,
     say: Callable[[str], None],
     progress: bool,
