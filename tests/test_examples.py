@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -33,7 +34,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"plain_loop.py", "data_parallel.py", "hf_trainer.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "plain_loop.py",
+        "data_parallel.py",
+        "hf_trainer.py",
+        "segmentation.py",
+    }
 
 
 def test_plain_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,3 +83,31 @@ def test_hf_trainer_and_its_resume(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert Path("out/final/model.safetensors").read_bytes() == weights
     plain = transformers.LlamaForCausalLM.from_pretrained("out/final")
     assert type(plain.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+def test_segmentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("PIL", reason='needs pip install "memfit[vision]"')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    few = ["--images", "60", "--pretrain", "60", "--steps", "40", "--size", "48"]
+    printed = run("segmentation.py", monkeypatch, capsys, *few)
+    before, exact, filtered = (float(figure) for figure in re.findall(r"mIoU[a-z: ]* ([0-9.]+)%", printed))
+    assert min(exact, filtered) > before + 5
+    assert len(re.findall(r"^activations +[0-9.]+ [KM]iB", printed, re.MULTILINE)) == 2
+
+    x, y = numpy.zeros((20, 28, 28), numpy.uint8), numpy.arange(20) % 10
+    x[:, 8:20, 8:20] = 255
+    numpy.savez("digits.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    few = ["--images", "10", "--pretrain", "3", "--steps", "3", "--size", "32"]
+    assert run("segmentation.py", monkeypatch, capsys, "--data", "digits.npz", *few).count("mIoU") == 3
+
+    from PIL import Image
+
+    for part, mode in (("images", "RGB"), ("masks", "L")):
+        Path("own", part).mkdir(parents=True)
+        for number in range(10):
+            picture = Image.new(mode, (50, 40), 0)
+            picture.paste({"images": (250, 250, 250), "masks": 1}[part], (0, 0, 10 + 3 * number, 20))
+            picture.save(Path("own", part, f"{number}.png"))
+    assert run("segmentation.py", monkeypatch, capsys, "--data", "own", *few).count("mIoU") == 3
+    torch.set_num_threads(threads)
