@@ -205,6 +205,28 @@ def test_an_input_without_a_batch_axis_is_one_of_a_batch(layer: nn.Module) -> No
     torch.testing.assert_close(single["weight"], batched["weight"])
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 8), (4, 8), (2, 4, 8, 8), (4, 8, 8)])
+def test_the_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    layer = nn.Conv1d(4, 4, 3, padding=1) if 8 not in shape[-2:-1] else nn.Conv2d(4, 4, 3, padding=1)
+    x = torch.randn(shape, requires_grad=True)
+    y = filtered(layer, 2)(x)
+    y += x
+    nn.functional.relu_(y).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_without_autograd_nothing_is_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = filtered(nn.Conv2d(4, 4, 3), 2)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("memfit.activations.filtered_convolution.pool", refuse)
+    with torch.no_grad():
+        assert layer(torch.randn(1, 4, 8, 8)).shape == (1, 4, 6, 6)
+
+
 def test_a_map_of_another_number_of_axes_is_refused_as_torch_does() -> None:
     with pytest.raises(RuntimeError, match=r"Expected 3D \(unbatched\) or 4D \(batched\) input to Conv2d"):
         filtered(nn.Conv2d(4, 4, 3), 2)(torch.randn(4, 8))
@@ -462,7 +484,7 @@ def test_compiled_it_gives_the_same_gradients() -> None:
     )
     x, g = torch.randn(2, 3, 9, 8), torch.randn(2, 4, 9, 8)
     plain = gradients(model, x, g)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     leaf = x.detach().requires_grad_(True)
     model.zero_grad()
     compiled(leaf).backward(g)

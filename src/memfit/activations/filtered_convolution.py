@@ -95,17 +95,17 @@ def filtered_convolution(
     """``forward(x, weight, bias)``, with the filtered backward.
 
     Args:
-        x: (B, C_in, H, W).
-        weight: (C_out, C_in / groups, kernel of H, kernel of W).
+        x: (B, C_in, H, W); or (B, C_in, W), a map of one row; either without B.
+        weight: (C_out, C_in / groups, kernel of H, kernel of W), or without H as x is.
         bias: (C_out,) or None.
         forward: the convolution itself; called without autograd.
-        windows: how it reads H and W.
+        windows: how it reads H and W; of a single row, any.
         groups: of its channels.
         patch: size of the patches of the output, in pixels of H and W; cut to the map where that is smaller.
         native: compute with the C++ operator what that can.
 
     Returns:
-        (B, C_out, H', W'), as ``forward`` gives it. It can be differentiated once.
+        What ``forward`` gives. It can be differentiated once.
     """
     return _FilteredConvolution.apply(x, weight, bias, forward, windows, groups, patch, native)
 
@@ -124,19 +124,17 @@ class _FilteredConvolution(torch.autograd.Function):
         native: bool,
     ) -> Tensor:
         y = forward(x, weight, bias)
-        ctx.plan = cut = plan((x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]), windows, patch)
-        ctx.groups, ctx.x_dtype = groups, x.dtype
-        ctx.native = native and not any(cut.shifts) and suits(x, y, weight)
+        axes, dtype = weight.dim() - 2, y.dtype
+        if x.dim() == axes + 1:
+            y = y.clone()  # torch's is a view of a batch of one, and views that leave here can't be changed in place
+        ctx.x_shape, ctx.x_dtype, ctx.groups = x.shape, x.dtype, groups
+        x, rows, columns = _as_maps(x, axes), *_as_maps(y, axes).shape[2:]
+        ctx.plan = cut = plan((x.shape[2], x.shape[3]), (rows, columns), windows, patch)
+        ctx.native = native and not any(cut.shifts) and suits(x, weight) and x.dtype == dtype
         ctx.channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         pooled = None
         if ctx.needs_input_grad[1]:
-            if ctx.native:
-                pooled = operator().pool(x, *cut.inputs)
-            else:
-                pooled = pool(x, cut.inputs)
-                if pooled is not x and pooled._is_view():
-                    pooled = pooled.clone()  # else it would keep the whole map
-                pooled = pooled.to(y.dtype)
+            pooled = operator().pool(x, *cut.inputs) if ctx.native else pool(x, cut.inputs).to(dtype)
         # The kernel itself, a parameter, costs nothing; its sum, or a copy in autocast's dtype, would.
         ctx.save_for_backward(pooled, weight)
         return y
@@ -145,27 +143,45 @@ class _FilteredConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         pooled, weight = ctx.saved_tensors
-        cut, groups, last = ctx.plan, ctx.groups, ctx.channels_last
-        needs_dx, needs_dweight, needs_dbias = wanted = ctx.needs_input_grad[:3]
-        dx = dweight = dbias = None
+        cut, wanted = ctx.plan, ctx.needs_input_grad[:3]
+        g, row = _as_maps(g, weight.dim() - 2), weight.dim() == 3
+        kernel = weight.unsqueeze(2) if row else weight
         with _no_autocast(g.device.type):
-            if ctx.native and suits(g, pooled, weight):
-                dx, dweight, dbias = operator().backward(
-                    g, pooled, weight, *cut.inputs, *cut.outputs, groups, last, 1 / cut.spread_over, wanted
-                )
-                return dx, dweight, dbias, *(None,) * 5
-            # Maps of patches are small: they are summed in the weight's precision.
-            means = pool(g, cut.outputs).to(weight.dtype)
-            if needs_dx:
-                coarse = input_gradient(means, weight, cut.shifts, groups, 1 / cut.spread_over)
-                dx = spread(coarse.to(ctx.x_dtype), cut.inputs, last)
-            pixels = cut.pixels or counts(cut.outputs, means)
-            if needs_dweight:
-                dweight = weight_gradient(means, pooled.to(weight.dtype), weight, cut.shifts, groups, pixels)
-            if needs_dbias:
-                dbias = (means * pixels).sum((0, 2, 3))
-        return dx, dweight, dbias, *(None,) * 5
+            if ctx.native and suits(g, pooled, kernel):
+                cuts, scale = (*cut.inputs, *cut.outputs), 1 / cut.spread_over
+                found = operator().backward(g, pooled, kernel, *cuts, ctx.groups, ctx.channels_last, scale, wanted)
+            else:
+                found = _gradients(ctx, g, pooled, kernel, wanted)
+        dx, dweight, dbias = found
+        dx = None if dx is None else dx.view(ctx.x_shape)
+        return dx, dweight.squeeze(2) if row and dweight is not None else dweight, dbias, *(None,) * 5
+
+
+def _gradients(
+    ctx: Any, g: Tensor, pooled: Tensor | None, weight: Tensor, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those wanted of x's, the weight's and the bias's gradients, by torch's operators."""
+    cut: Plan = ctx.plan
+    dx = dweight = dbias = None
+    # Maps of patches are small: they are summed in the weight's precision.
+    means = pool(g, cut.outputs).to(weight.dtype)
+    if wanted[0]:
+        coarse = input_gradient(means, weight, cut.shifts, ctx.groups, 1 / cut.spread_over)
+        dx = spread(coarse.to(ctx.x_dtype), cut.inputs, ctx.channels_last)
+    pixels = cut.pixels or counts(cut.outputs, means)
+    if wanted[1] and pooled is not None:
+        dweight = weight_gradient(means, pooled.to(weight.dtype), weight, cut.shifts, ctx.groups, pixels)
+    if wanted[2]:
+        dbias = (means * pixels).sum((0, 2, 3))
+    return dx, dweight, dbias
+
+
+def _as_maps(x: Tensor, axes: int) -> Tensor:
+    """(B, C, H, W), of maps with two axes or one, with or without a batch."""
+    x = x if x.dim() == axes + 2 else x.unsqueeze(0)
+    return x if axes == 2 else x.unsqueeze(2)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -59,19 +59,26 @@ class _FilteredConv(ConvertedLayer, _ConvNd):
                 f"Expected {axes + 1}D (unbatched) or {axes + 2}D (batched) input to {self.plain_class.__name__}, "
                 f"but got input of size: {list(input.shape)}"
             )
-        if input.dim() == axes + 1:
-            return self._filtered(input.unsqueeze(0)).squeeze(0)
-        return self._filtered(input)
+        if not torch.is_grad_enabled():
+            return self._conv_forward(input, self.weight, self.bias)
+        technique = cast("GradientFilter", self.technique)
+        return filtered_convolution(
+            input,
+            self.weight,
+            self.bias,
+            self._conv_forward,
+            self._windows(),
+            self.groups,
+            (technique.patch, technique.patch),
+            technique.native,
+        )
 
-    @abstractmethod
-    def _filtered(self, x: Tensor) -> Tensor:
-        """The output for a batched input."""
-
-    def _windows(self) -> list[Window]:
-        """How each axis is read, first axis first."""
+    def _windows(self) -> tuple[Window, Window]:
+        """How rows and columns are read; of a single row, as it is."""
         # Before each axis, the last axis first; padding="same" may put one more after it.
         before = self._reversed_padding_repeated_twice[-2::-2]
-        return [Window(*each) for each in zip(self.kernel_size, self.stride, before, self.dilation, strict=True)]
+        windows = [Window(*each) for each in zip(self.kernel_size, self.stride, before, self.dilation, strict=True)]
+        return (windows[0], windows[1]) if len(windows) == 2 else (Window(1, 1, 0, 1), windows[0])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.technique}"
@@ -82,44 +89,11 @@ class FilteredConv2d(_FilteredConv, nn.Conv2d):
 
     plain_class = nn.Conv2d
 
-    def _filtered(self, x: Tensor) -> Tensor:
-        technique = cast("GradientFilter", self.technique)
-        rows, columns = self._windows()
-        return filtered_convolution(
-            x,
-            self.weight,
-            self.bias,
-            self._conv_forward,
-            (rows, columns),
-            self.groups,
-            (technique.patch, technique.patch),
-            technique.native,
-        )
-
 
 class FilteredConv1d(_FilteredConv, nn.Conv1d):
     """``nn.Conv1d`` with a filtered backward: a map of one row, of which each patch is ``patch`` positions."""
 
     plain_class = nn.Conv1d
-
-    def _filtered(self, x: Tensor) -> Tensor:
-        technique = cast("GradientFilter", self.technique)
-        row = Window(kernel=1, stride=1, padding=0, dilation=1)
-
-        def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self._conv_forward(x.squeeze(2), weight.squeeze(2), bias).unsqueeze(2)
-
-        y = filtered_convolution(
-            x.unsqueeze(2),
-            self.weight.unsqueeze(2),
-            self.bias,
-            forward,
-            (row, self._windows()[0]),
-            self.groups,
-            (1, technique.patch),
-            technique.native,
-        )
-        return y.squeeze(2)
 
 
 @dataclass(frozen=True)

@@ -65,18 +65,22 @@ def pool(x: Tensor, cuts: Cuts) -> Tensor:
         cuts: of H and of W.
 
     Returns:
-        (B, C, patches of H, patches of W).
+        (B, C, patches of H, patches of W); x itself where each of its pixels is a patch, and never a view of it.
     """
     rows, columns = cuts
+    width = (rows.width, columns.width)
+    whole = x
     if rows.every > 1 or columns.every > 1:
         x = x[:, :, :: rows.every, :: columns.every]
-    if min(rows.width, columns.width) < _POOLS_AS_FAST_FROM and (rows.width, columns.width) != (1, 1):
-        x = x.contiguous(memory_format=torch.channels_last)
-    width = (rows.width, columns.width)
     if rows.is_inside and columns.is_inside:
         if rows.origin or columns.origin or rows.end < rows.pixels or columns.end < columns.pixels:
             x = x[:, :, rows.origin : rows.end, columns.origin : columns.end]
-        return x if width == (1, 1) else F.avg_pool2d(x, width, width, ceil_mode=True, count_include_pad=False)
+        if width == (1, 1):
+            return x if x is whole else x.clone()  # of a view the whole map would be kept
+    if min(width) < _POOLS_AS_FAST_FROM:
+        x = x.contiguous(memory_format=torch.channels_last)
+    if rows.is_inside and columns.is_inside:
+        return F.avg_pool2d(x, width, width, ceil_mode=True, count_include_pad=False)
     sides = [side for cut in (columns, rows) for side in (-cut.origin, cut.end - cut.pixels)]
     sums = F.avg_pool2d(F.pad(x, sides), width, width, divisor_override=1)
     return sums / counts(cuts, sums).clamp(min=1)
