@@ -126,5 +126,11 @@ def test_the_page_of_new_classes_has_no_figures_from_before(report):
     assert "66.7 %" not in page.words
 
 
+def test_the_page_says_where_the_curve_is_of_some_images_only(report):
+    many = (dataclasses.replace(report.per_class[0], images=501), *report.per_class[1:])
+    assert "on 500 of them" in render(dataclasses.replace(report, per_class=many))
+    assert "of them" not in render(report)
+
+
 def test_a_page_without_mistakes_has_no_table_of_them(report):
     assert "Taken for another class" not in render(dataclasses.replace(report, mistakes=()))

@@ -33,7 +33,7 @@ from memfit.vision.classifier import LARGEST_SIZE, ClassifierConfig
 from memfit.vision.data import ImageData, load_images
 from memfit.vision.models import ZOO
 from memfit.vision.page import render
-from memfit.vision.report import ClassAccuracy, FinetuneReport, Mistake
+from memfit.vision.report import CURVE_IMAGES, ClassAccuracy, FinetuneReport, Mistake
 from memfit.vision.training import check_scores, fewest_images, train_only
 from memfit.vision.weights import load_weights
 
@@ -42,7 +42,6 @@ LEARNING_RATES: dict[OptimizerName, float] = {"sgd": 3e-2, "momentum": 1e-2, "ad
 
 DEFAULT_EPOCHS = 5
 _CHECKPOINT_EVERY = 25
-_CURVE_IMAGES = 500
 _MOST_MISTAKES = 50
 
 
@@ -234,7 +233,7 @@ def _finetune(
         say(f"accuracy before: {percent(_accuracy(before, test.labels))}")
 
     # The curve takes a few looks at the held-out images: at no more of them than a short while is enough for.
-    looked_at = torch.linspace(0, len(test) - 1, min(len(test), _CURVE_IMAGES)).round().long()
+    looked_at = torch.linspace(0, len(test) - 1, min(len(test), CURVE_IMAGES)).round().long()
 
     def measure() -> float:
         return _accuracy(predict(model, test, looked_at.tolist()), test.labels[looked_at])

@@ -15,7 +15,7 @@ from memfit.report_page import (
     rate_chart,
     settings_section,
 )
-from memfit.vision.report import ClassAccuracy, FinetuneReport
+from memfit.vision.report import CURVE_IMAGES, ClassAccuracy, FinetuneReport
 
 
 def before_in_words(report: FinetuneReport) -> str:
@@ -42,10 +42,11 @@ def render(report: FinetuneReport) -> str:
         change=change_in_words(report),
         basis=f"on {count(report.held_out, 'held-out image')}, which were never trained on",
     )
+    subset = f", on {CURVE_IMAGES} of them" if report.held_out > CURVE_IMAGES else ""
     body = f"""{hero}
 <div class="pair">
 <section><h2>Loss</h2>{loss_chart(report.losses)}</section>
-<section><h2>Accuracy while learning</h2>\
+<section><h2>Accuracy while learning{subset}</h2>\
 {rate_chart(report.accuracy_curve, "Accuracy on held-out images by step")}</section>
 </div>
 {memory_section(report)}

@@ -8,6 +8,9 @@ from typing import Any, ClassVar
 
 from memfit.run.report import JSON, TaskReport, finite_or_none, nan_for_none
 
+CURVE_IMAGES = 500
+"""On so many held-out images, or all where there are fewer, accuracy is measured on the way."""
+
 
 @dataclass(frozen=True)
 class ClassAccuracy:
