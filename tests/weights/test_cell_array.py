@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from memfit.errors import TrainingError
 from memfit.nvm import CellArray
+from memfit.weights.cell_array import successes
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -124,3 +125,28 @@ def test_values_that_cells_cannot_hold_are_refused(values):
 def test_values_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="shape"):
         CellArray(torch.zeros(2, 3)).write_(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("probability", [0.0005, 0.03, 0.6])
+def test_successes_are_as_many_and_as_independent_as_of_separate_trials(probability):
+    trials, rounds = 300, 4000
+    random = generator()
+    hits = torch.zeros(rounds, trials)
+    for number in range(rounds):
+        hits[number, successes(trials, probability, random)] = 1
+    variance = probability * (1 - probability)
+    every = hits.mean(0)
+    assert float((every - probability).abs().max()) < 5 * math.sqrt(variance / rounds)
+    neighbours = (hits[:, 1:] * hits[:, :-1]).mean()
+    assert float(neighbours) == pytest.approx(probability**2, abs=5 * probability / math.sqrt(rounds * trials))
+    totals = hits.sum(1)
+    assert float(totals.mean()) == pytest.approx(trials * probability, rel=0.15)
+    assert float(totals.var()) == pytest.approx(trials * variance, rel=0.15)
+
+
+def test_successes_at_the_ends_of_the_scale():
+    assert successes(5, 1.0).tolist() == [0, 1, 2, 3, 4]
+    assert successes(5, 0.0).tolist() == []
+    assert successes(0, 0.5).tolist() == []
+    with pytest.raises(ValueError, match="probability"):
+        successes(5, 1.5)

@@ -6,6 +6,8 @@ not written stays as it is, bit for bit, drift included: there is no other way i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +51,7 @@ class CellArray(nn.Module):
             raise ValueError(f"cells hold float32 or float64 values, not {values.dtype}.")
         if not bool(values.isfinite().all()):
             raise ValueError("the values that cells are to hold are not all finite.")
-        self.register_buffer("values", quantize(values, bits, low, high))
+        self.register_buffer("values", quantize(values, bits, low, high).contiguous())
         self.register_buffer("writes", torch.zeros_like(values, dtype=torch.int32))
         self.register_buffer("reads", torch.zeros((), dtype=torch.int64, device=values.device))
 
@@ -70,7 +72,7 @@ class CellArray(nn.Module):
             TrainingError: a value is not a number; nothing is written then. Infinite ones are the range's ends.
         """
         target, changed = self._changes(values)
-        count = int(changed.sum())
+        count = int(changed.count_nonzero())
         if count:
             torch.where(changed, target, self.values, out=self.values)
             self.writes.add_(changed)
@@ -79,7 +81,7 @@ class CellArray(nn.Module):
     @torch.no_grad()
     def would_change(self, values: Tensor) -> int:
         """How many cells :meth:`write_` would write; raises as it does."""
-        return int(self._changes(values)[1].sum())
+        return int(self._changes(values)[1].count_nonzero())
 
     def count_read_(self, times: int = 1) -> None:
         """Note that all cells were read: a forward pass reads them once, and a backward pass to the input once more."""
@@ -109,16 +111,14 @@ class CellArray(nn.Module):
             probability: from 0 to 1.
             generator: on the cells' device; torch's own when None.
         """
-        shape, device = (self.bits, *self.values.shape), self.values.device
-        flips = torch.rand(shape, generator=generator, device=device) < probability
-        if not bool(flips.any()):
-            return
-        weights = 2 ** torch.arange(self.bits, device=device).view(-1, *[1] * self.values.dim())
-        mask = (flips * weights).sum(0)
+        cells = self.values.numel()
+        bits = successes(self.bits * cells, probability, generator, self.values.device)
+        touched, place = (bits % cells if cells else bits).unique(return_inverse=True)
+        mask = torch.zeros_like(touched).index_add_(0, place, 2 ** (bits // max(cells, 1)))
         lowest = round(self.low / self.step)
-        codes = quantize(self.values, self.bits, self.low, self.high).div_(self.step).long() - lowest
-        flipped = ((codes ^ mask) + lowest).to(self.values.dtype) * self.step
-        torch.where(mask != 0, flipped, self.values, out=self.values)
+        flat = self.values.view(-1)
+        codes = quantize(flat[touched], self.bits, self.low, self.high).div_(self.step).long() - lowest
+        flat[touched] = ((codes ^ mask) + lowest).to(self.values.dtype) * self.step
 
     def _changes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The values on their levels, and where these differ from the cells' levels."""
@@ -129,3 +129,35 @@ class CellArray(nn.Module):
             raise TrainingError("a weight that is to be written is not a number: lower the learning rate.")
         # A drifted cell lies between levels; rewriting it with the level it is read as would change nothing.
         return target, target != quantize(self.values, self.bits, self.low, self.high)
+
+
+def successes(
+    trials: int, probability: float, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Which of so many independent trials succeed, in time and memory of the successes and not of the trials.
+
+    The gaps between successes are geometric: floor(log U / log(1 - p)) failures each.
+
+    Args:
+        trials: how many.
+        probability: of each to succeed, from 0 to 1.
+        generator: on ``device``; torch's own when None.
+        device: of the result.
+
+    Returns:
+        Numbers of the successful trials, from 0, in order; int64.
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"a probability of {probability} is not possible: give one from 0 to 1.")
+    if not trials or not probability:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    found, last = [], -1.0
+    while last < trials:
+        expected = (trials - last) * probability
+        draws = int(expected + 4 * math.sqrt(expected) + 8)
+        uniform = 1 - torch.rand(draws, generator=generator, dtype=torch.float64, device=device)  # never 0
+        failures = uniform.log_().div_(math.log1p(-probability) if probability < 1 else -math.inf).floor_()
+        found.append(last + (failures + 1).cumsum(0))
+        last = float(found[-1][-1])
+    numbers = torch.cat(found)
+    return numbers[numbers < trials].long()
