@@ -36,12 +36,12 @@ bench: $(BENCH_STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) '.[speech,demo,hf,png,dev]'
+	$(INSTALL) '.[speech,vision,demo,hf,png,dev]'
 	touch $@
 
 # The peers' packages besides, which nothing but the benchmarks needs.
 $(BENCH_STAMP): $(STAMP)
-	$(INSTALL) '.[speech,demo,png,dev,bench]'
+	$(INSTALL) '.[speech,vision,demo,png,dev,bench]'
 	touch $@
 
 clean:

@@ -1,5 +1,6 @@
 """memfit trains the whole model in the memory you have."""
 
+from memfit.activations.gradient_filter import GradientFilter
 from memfit.convert import Technique, convert_, restore_, state_dict
 from memfit.errors import (
     CheckpointError,
@@ -19,6 +20,7 @@ __all__ = [
     "ConversionError",
     "DataError",
     "FitResult",
+    "GradientFilter",
     "Ledger",
     "LowRankGradient",
     "MemfitError",

@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from memfit.errors import CheckpointError, ConversionError, DataError, MemfitError
+from memfit.run import watch
+from memfit.run.interrupts import InterruptedRun
 from memfit.speech import model as recognizer_file
 from memfit.speech import personalize as module
-from memfit.speech import watch
 from memfit.speech.batches import Batches, ctc_loss
 from memfit.speech.model import Recognizer, RecognizerConfig
-from memfit.speech.personalize import InterruptedRun, PersonalizeConfig, personalize
+from memfit.speech.personalize import PersonalizeConfig, personalize
 from memfit.speech.report import PersonalizeReport
 
 soundfile = pytest.importorskip("soundfile")
@@ -357,17 +358,6 @@ def test_too_few_recordings_and_unknown_characters_are_refused_by_file(config, t
     with pytest.raises(DataError, match=r"metadata\.csv"):
         personalize(replace(config, recordings=tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_learning_rate_rises_and_falls():
-    shares = [module.warmup_then_cosine(done, steps=60) for done in range(60)]
-    peak = shares.index(max(shares))
-    assert shares[peak] == 1
-    assert peak == 5
-    assert shares[: peak + 1] == sorted(shares[: peak + 1])
-    assert shares[peak:] == sorted(shares[peak:], reverse=True)
-    assert 0 < shares[-1] < 0.01
-    assert module.warmup_then_cosine(0, steps=1) == 1
 
 
 def test_a_real_voice_is_recognized_better_after_a_few_steps(tmp_path):

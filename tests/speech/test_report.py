@@ -6,11 +6,13 @@ from html.parser import HTMLParser
 
 import pytest
 
+from memfit.charts import line_chart
 from memfit.errors import DataError
 from memfit.ledger.report import format_bytes
-from memfit.speech.charts import line_chart
-from memfit.speech.page import change, render
-from memfit.speech.report import Heard, PersonalizeReport, versions
+from memfit.report_page import change_of_errors
+from memfit.run.report import versions
+from memfit.speech.page import render
+from memfit.speech.report import Heard, PersonalizeReport
 
 pytest.importorskip("jiwer")
 
@@ -177,7 +179,7 @@ def test_the_page_of_a_run_of_one_step_on_perfect_speech_draws(report):
     [(0.2, 0.1, "50 % fewer errors"), (0.1, 0.2, "100 % more errors"), (0.0, 0.1, "no errors before, some now")],
 )
 def test_a_change_is_told_in_words(before, after, words):
-    assert change(before, after) == words
+    assert change_of_errors(before, after) == words
 
 
 def test_a_chart_leaves_out_what_is_not_finite_and_stays_within_its_frame():

@@ -11,13 +11,15 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from memfit.cli.classify import classify
 from memfit.cli.console import say
 from memfit.cli.demo import demo
+from memfit.cli.finetune import finetune
 from memfit.cli.personalize import personalize
 from memfit.cli.profile import profile
 from memfit.cli.transcribe import transcribe
 from memfit.errors import MemfitError
-from memfit.speech.personalize import InterruptedRun
+from memfit.run.interrupts import InterruptedRun
 
 
 class _Commands(TyperGroup):
@@ -47,6 +49,8 @@ app = typer.Typer(
 )
 app.command()(personalize)
 app.command()(transcribe)
+app.command()(finetune)
+app.command()(classify)
 app.command()(profile)
 app.command()(demo)
 

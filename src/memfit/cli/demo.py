@@ -16,11 +16,11 @@ import typer
 from memfit.cli.console import say, show_table
 from memfit.errors import MemfitError, require
 from memfit.ledger.report import format_bytes
+from memfit.report_page import percent
+from memfit.run.results import MODEL, PAGE
 from memfit.speech.data import TABLE
 from memfit.speech.digits import FEWEST_DIGITS, MOST_DIGITS, WORDS
-from memfit.speech.page import percent
 from memfit.speech.personalize import PersonalizeConfig, personalize
-from memfit.speech.results import MODEL, PAGE
 from memfit.speech.synth import speak
 
 _FOLDER = "memfit-demo"

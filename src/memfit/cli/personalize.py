@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import typer
-from rich.console import Console
 
 from memfit.cli import console
 from memfit.cli.console import say
-from memfit.ledger import LINES, Peak
-from memfit.ledger.report import format_bytes, table, text
-from memfit.speech.page import change, percent
-from memfit.speech.personalize import InterruptedRun, Method, PersonalizeConfig
+from memfit.cli.runs import show_cost, stoppable
+from memfit.report_page import change_of_errors, count, percent
+from memfit.run.results import MODEL, PAGE
+from memfit.speech.personalize import Method, PersonalizeConfig
 from memfit.speech.personalize import personalize as run
 from memfit.speech.report import PersonalizeReport
-from memfit.speech.results import CHECKPOINT, MODEL, PAGE
 
 
 def personalize(
@@ -74,15 +69,7 @@ def personalize(
         utterances=utterances,
         seed=seed,
     )
-    try:
-        report = run(config, out, resume=resume, notify=say, progress=True)
-    except (InterruptedRun, KeyboardInterrupt) as stopped:
-        say(str(stopped) or "interrupted")
-        if os.path.exists(out / CHECKPOINT):
-            command = [word for word in sys.argv[1:] if word != "--resume"]
-            say(f"to go on: {shlex.join(['memfit', *command, '--resume'])}")
-        number = stopped.signal if isinstance(stopped, InterruptedRun) else signal.SIGINT
-        raise typer.Exit(128 + number) from None
+    report = stoppable(lambda: run(config, out, resume=resume, notify=say, progress=True), out)
     if as_json:
         print(report.to_json(), end="")
     else:
@@ -94,17 +81,11 @@ def personalize(
 def show(report: PersonalizeReport) -> None:
     """Print the outcome: the word error rates, and the five lines of memory."""
     before, after = percent(report.wer_before), percent(report.wer_after)
-    held_out = f"{len(report.heard)} held-out utterance{'' if len(report.heard) == 1 else 's'}"
+    held_out = count(len(report.heard), "held-out utterance")
     print(
         f"\nword error rate: {before} before, {after} after {report.steps} steps "
-        f"({change(report.wer_before, report.wer_after)}, {held_out})"
+        f"({change_of_errors(report.wer_before, report.wer_after)}, {held_out})"
     )
     if report.wer_after > report.wer_before:
         print("It has become worse: try a smaller --lr, or more recordings.")
-    print(f"time of a step:  {report.seconds_per_step:.2f} s\n\nmemory at the peak of training:\n")
-    peak = Peak(**{line: report.peak_bytes[line] for line in LINES})
-    if sys.stdout.isatty():
-        Console().print(table(peak))
-    else:
-        print(text(peak))
-    print(f"\nthe process grew by {format_bytes(report.process_peak_bytes)} while it trained")
+    show_cost(report)

@@ -69,13 +69,7 @@ def load_target(text: str) -> Callable[[], Task]:
     Raises:
         MemfitError: there is no such file, module or function, or it does not return ``(model, batch, loss)``.
     """
-    module_name, colon, function_name = text.rpartition(":")
-    if not colon or not module_name or not function_name.isidentifier():
-        raise MemfitError(f"{text!r} names no function: write package.module:function or file.py:function.")
-    module = _load_file(Path(module_name)) if module_name.endswith(".py") else _load_module(module_name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise MemfitError(f"{module_name} has no function {function_name!r}.")
+    function = load_function(text)
 
     def make() -> Task:
         made = function()
@@ -87,6 +81,22 @@ def load_target(text: str) -> Callable[[], Task]:
         return Task(*made)
 
     return make
+
+
+def load_function(text: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` or ``file.py:function`` names.
+
+    Raises:
+        MemfitError: there is no such file, module or function.
+    """
+    module_name, colon, function_name = text.rpartition(":")
+    if not colon or not module_name or not function_name.isidentifier():
+        raise MemfitError(f"{text!r} names no function: write package.module:function or file.py:function.")
+    module = _load_file(Path(module_name)) if module_name.endswith(".py") else _load_module(module_name)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise MemfitError(f"{module_name} has no function {function_name!r}.")
+    return cast(Callable[..., Any], function)
 
 
 def parse_conversion(text: str) -> Conversion:

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptedRun(Exception):
+    """Training was stopped by a signal. What is done is in the checkpoint, but for skipped batches at the end.
+
+    Attributes:
+        signal: the number of the signal: SIGINT (Ctrl-C) or SIGTERM.
+        step: steps done.
+    """
+
+    def __init__(self, signal: int, step: int, steps: int, checkpoint: Path) -> None:
+        last = f"the last checkpoint: {checkpoint}" if os.path.exists(checkpoint) else "there is no checkpoint yet"
+        saved = f"after step {step} of {steps}; {last}"
+        super().__init__("interrupted " + (saved if step else "before the first step"))
+        self.signal, self.step = signal, step
 
 
 @contextmanager

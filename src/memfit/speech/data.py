@@ -7,7 +7,6 @@ which is any audio files plus a table ``metadata.csv`` with the columns ``file_n
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 
 from memfit.errors import DataError
+from memfit.run.held_out import hold_out
 from memfit.speech import digits
 from memfit.speech.audio import Utterance, load_audio
 from memfit.speech.text import normalize
@@ -25,7 +25,6 @@ __all__ = ["Recordings", "Utterance", "load_audio", "load_recordings"]
 TABLE = "metadata.csv"
 FEWEST_RECORDINGS = 4
 _DEFAULT_JOINED_UTTERANCES = 20
-_HELD_OUT_SHARE = 0.2
 _AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".m4a"})
 
 
@@ -137,9 +136,8 @@ def _from_table(
             f"{folder / TABLE}: lists {len(rows)} recordings; at least {FEWEST_RECORDINGS} are needed to train on some "
             f"and test with others."
         )
-    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row[0].encode()).digest())
-    held_out = max(1, round(_HELD_OUT_SHARE * len(rows)))
-    test, train = sorted(by_hash[:held_out]), sorted(by_hash[held_out:])
+    rows.sort()
+    train, test = hold_out(rows, [name for name, _ in rows])
     available = len(train)
     if utterances is not None and utterances < available:
         order = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from memfit.errors import require
+from memfit.run.modes import evaluating
 from memfit.speech import decode
 from memfit.speech.audio import Utterance
 from memfit.speech.features import LogMel
@@ -59,19 +58,14 @@ def transcribe(
     config = model.config
     log_mel = LogMel(config.sample_rate, config.features)
     device = next(model.parameters()).device
-    was_training = model.training
     texts: list[str] = []
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(utterances), batch_size):
-                chosen = utterances[start : start + batch_size]
-                features, lengths = log_mel([utterance.audio for utterance in chosen])
-                log_probs, out_lengths = model(features.to(device), lengths)
-                if beam is None:
-                    texts += decode.greedy(log_probs, out_lengths, config.alphabet)
-                else:
-                    texts += decode.prefix_beam(log_probs, out_lengths, config.alphabet, beam)
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(utterances), batch_size):
+            chosen = utterances[start : start + batch_size]
+            features, lengths = log_mel([utterance.audio for utterance in chosen])
+            log_probs, out_lengths = model(features.to(device), lengths)
+            if beam is None:
+                texts += decode.greedy(log_probs, out_lengths, config.alphabet)
+            else:
+                texts += decode.prefix_beam(log_probs, out_lengths, config.alphabet, beam)
     return texts

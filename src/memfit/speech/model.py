@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from memfit.errors import DataError
-from memfit.files import atomic_write
+from memfit import model_file
 from memfit.speech.text import ALPHABET
 
 _HEADER_KEY = "memfit.speech.recognizer"
@@ -173,11 +168,7 @@ def save(model: nn.Module | Mapping[str, Tensor], config: RecognizerConfig, path
         DataError: the file cannot be written.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    header = {_HEADER_KEY: json.dumps(config.to_dict(), sort_keys=True)}
-    payload = safetensors.torch.save(tensors, metadata=header)
-    with atomic_write(path, "model", DataError) as file:
-        file.write(payload)
+    model_file.write(path, state, _HEADER_KEY, config.to_dict())
 
 
 def load(path: str | Path) -> Recognizer:
@@ -186,44 +177,11 @@ def load(path: str | Path) -> Recognizer:
     Raises:
         DataError: the file is missing, cannot be read, is damaged, or holds something else than a recognizer of memfit.
     """
-    path = Path(path)
-    try:
-        payload = path.read_bytes()
-    except IsADirectoryError as error:
-        raise DataError(f"{path}: this is a folder; give the model file in it, such as model.safetensors.") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such model file.") from error
-    except OSError as error:
-        raise DataError(f"{path}: the model file cannot be read: {error.strerror or error}.") from error
-    try:
-        tensors = safetensors.torch.load(payload)
-        metadata = _header(payload)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a safetensors file, or a damaged one; fetch or write it again.") from error
-    if _HEADER_KEY not in metadata:
-        raise DataError(f"{path}: a safetensors file, but not a memfit recognizer (its header has no {_HEADER_KEY!r}).")
-    try:
-        values = json.loads(metadata[_HEADER_KEY])
-        if not isinstance(values, dict):
-            raise ValueError("the configuration is not a JSON object")
-        config = RecognizerConfig.from_dict(values)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: the recognizer's configuration in the header is wrong: {error}.") from error
-
+    tensors, metadata = model_file.read(path)
+    config = model_file.read_config(path, metadata, _HEADER_KEY, "recognizer", RecognizerConfig.from_dict)
     with torch.device("meta"):
         model = Recognizer(config)
-    for name, expected in model.state_dict().items():
-        found = tensors.get(name)
-        if found is None or found.shape != expected.shape or not found.is_floating_point():
-            what = "lacks it" if found is None else f"has {found.dtype} {tuple(found.shape)}"
-            raise DataError(
-                f"{path}: {name} should be float {tuple(expected.shape)} by its configuration, but the file {what}."
-            )
-        if not bool(found.isfinite().all()):
-            raise DataError(f"{path}: the weights {name} are not finite; write the model again.")
-    foreign = sorted(set(tensors) - set(model.state_dict()))
-    if foreign:
-        raise DataError(f"{path}: the tensor {foreign[0]!r} does not belong to a recognizer.")
+    model_file.check_tensors(path, tensors, model.state_dict(), "recognizer")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     model.requires_grad_(True)
     return model
@@ -233,10 +191,3 @@ def load_base() -> Recognizer:
     """The recognizer that the package ships; docs/model-card.md says how it was trained and how good it is."""
     with importlib.resources.as_file(importlib.resources.files("memfit.speech") / "base" / "model.safetensors") as path:
         return load(path)
-
-
-def _header(payload: bytes) -> Mapping[str, str]:
-    """The metadata of safetensors bytes: their first eight are the length of a JSON header."""
-    (length,) = struct.unpack("<Q", payload[:8])
-    metadata = json.loads(payload[8 : 8 + length]).get("__metadata__", {})
-    return metadata if isinstance(metadata, dict) else {}

@@ -6,41 +6,40 @@ The run is exact: the same settings give the same weights, also when it was kill
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
 
 from memfit.convert import convert_, state_dict
 from memfit.errors import MemfitError
 from memfit.fit import FitResult, StepRecord, fit
 from memfit.gradients.low_rank import LowRankGradient
+from memfit.report_page import percent
+from memfit.run import optimizers, results
+from memfit.run.identity import digest
+from memfit.run.interrupts import InterruptedRun
 from memfit.run.random_state import undisturbed
+from memfit.run.report import JSON, versions
+from memfit.run.watch import Watch
 from memfit.speech import model as recognizer_file
-from memfit.speech import results
 from memfit.speech.batches import Batches, ctc_loss
 from memfit.speech.data import Recordings, load_recordings
 from memfit.speech.metrics import transcribe, word_error_rate
 from memfit.speech.model import Recognizer
-from memfit.speech.page import percent, render
-from memfit.speech.report import JSON, Heard, PersonalizeReport, versions
-from memfit.speech.watch import Watch
+from memfit.speech.page import render
+from memfit.speech.report import Heard, PersonalizeReport
 
 Method = Literal["low-rank", "sgd", "momentum", "adam"]
 
 # The learning rate of each method when none is given.
 LEARNING_RATES: dict[Method, float] = {"low-rank": 1e-3, "sgd": 3e-2, "momentum": 1e-2, "adam": 1e-3}
 
-_WARMUP_SHARE = 0.1
 MAX_GRAD_NORM = 5.0
 _CHECKPOINT_EVERY = 10
 _SHARED_FROM_WIDTH = 512
@@ -102,21 +101,6 @@ class PersonalizeConfig:
         return LEARNING_RATES[self.method] if self.lr is None else self.lr
 
 
-class InterruptedRun(Exception):
-    """Training was stopped by a signal. What is done is in the checkpoint, but for skipped batches at the end.
-
-    Attributes:
-        signal: the number of the signal: SIGINT (Ctrl-C) or SIGTERM.
-        step: steps done.
-    """
-
-    def __init__(self, signal: int, step: int, steps: int, checkpoint: Path) -> None:
-        last = f"the last checkpoint: {checkpoint}" if os.path.exists(checkpoint) else "there is no checkpoint yet"
-        saved = f"after step {step} of {steps}; {last}"
-        super().__init__("interrupted " + (saved if step else "before the first step"))
-        self.signal, self.step = signal, step
-
-
 def personalize(
     config: PersonalizeConfig,
     out: str | Path,
@@ -156,7 +140,7 @@ def personalize(
 
     model, recordings = load(config)
     settings = _settings(config, model, recordings)
-    if resume and (finished := results.finished_report(out, settings)):
+    if resume and (finished := results.finished_report(out, settings, PersonalizeReport)):
         say(f"{out} holds this run's results already")
         return finished
     with threads_for(model):
@@ -268,7 +252,7 @@ def train(config: PersonalizeConfig, model: Recognizer, batches: Batches, **opti
         batches,
         optimizer,
         steps=config.steps,
-        scheduler=LambdaLR(optimizer, partial(warmup_then_cosine, steps=config.steps)),
+        scheduler=optimizers.make_schedule(optimizer, config.steps),
         max_grad_norm=MAX_GRAD_NORM,
         **options,
     )
@@ -294,19 +278,8 @@ def convert(config: PersonalizeConfig, model: Recognizer) -> None:
 
 def make_optimizer(config: PersonalizeConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of a method, over the parameters that train."""
-    # Fused on every side: the fastest that torch has, and without temporaries as large as the weights.
-    if config.method in ("sgd", "momentum"):
-        momentum = 0.9 if config.method == "momentum" else 0.0
-        return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=momentum, fused=True)
-    return torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
-
-
-def warmup_then_cosine(done: int, *, steps: int) -> float:
-    """The share of the learning rate for the step after ``done`` steps: a short rise, then a cosine to nearly 0."""
-    warmup = max(1, round(_WARMUP_SHARE * steps))
-    if done < warmup:
-        return (done + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, steps - warmup)))
+    name: optimizers.OptimizerName = "adam" if config.method == "low-rank" else config.method
+    return optimizers.make_optimizer(name, parameters, config.learning_rate)
 
 
 def _settings(config: PersonalizeConfig, model: Recognizer, recordings: Recordings) -> dict[str, JSON]:
@@ -320,8 +293,8 @@ def _settings(config: PersonalizeConfig, model: Recognizer, recordings: Recordin
         "batch_size": config.batch_size,
         "utterances": len(recordings.train),
         "seed": config.seed,
-        "base_sha256": _hash(tensor for _, tensor in sorted(model.state_dict().items())),
-        "recordings_sha256": _hash(
+        "base_sha256": digest(tensor for _, tensor in sorted(model.state_dict().items())),
+        "recordings_sha256": digest(
             part for utterance in (*recordings.train, *recordings.test) for part in (utterance.text, utterance.audio)
         ),
     }
@@ -334,12 +307,3 @@ def _origin(config: PersonalizeConfig) -> dict[str, JSON]:
         "speaker": config.speaker,
         "base": None if config.base is None else str(config.base),
     }
-
-
-def _hash(parts: Iterable[Tensor | str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy().tobytes()
-        # The length goes in too: "ab", "c" must differ from "a", "bc".
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()

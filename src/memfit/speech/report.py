@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import math
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from typing import Any, ClassVar
 
-import torch
-
-from memfit.errors import DataError
-from memfit.ledger import LINES
-
-JSON: TypeAlias = "str | int | float | bool | list[JSON] | dict[str, JSON] | None"
+from memfit.run.report import JSON, TaskReport, finite_or_none, nan_for_none
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,7 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class PersonalizeReport:
+class PersonalizeReport(TaskReport):
     """The outcome of one personalization.
 
     Attributes:
@@ -55,6 +46,8 @@ class PersonalizeReport:
         heard: the held-out utterances.
         versions: of memfit, torch and Python, and the platform.
     """
+
+    command: ClassVar[str] = "personalize"
 
     method: str
     config: Mapping[str, JSON]
@@ -85,54 +78,19 @@ class PersonalizeReport:
             "peak_bytes": dict(self.peak_bytes),
             "process_peak_bytes": self.process_peak_bytes,
             "wer_curve": [list(point) for point in self.wer_curve],
-            "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
+            "losses": finite_or_none(self.losses),
             "hypotheses": [asdict(heard) for heard in self.heard],
             "versions": dict(self.versions),
         }
 
-    def to_json(self) -> str:
-        """The text of ``report.json``: ASCII, for the name of a folder need not be possible in any encoding."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=True, allow_nan=False) + "\n"
-
     @classmethod
-    def from_json(cls, text: str, where: str) -> PersonalizeReport:
-        """Read what `to_json` wrote.
+    def from_dict(cls, values: dict[str, Any]) -> PersonalizeReport:
+        return cls(
+            heard=tuple(Heard(**heard) for heard in values.pop("hypotheses")),
+            wer_curve=tuple((int(step), float(wer)) for step, wer in values.pop("wer_curve")),
+            losses=nan_for_none(values.pop("losses")),
+            **values,
+        )
 
-        Args:
-            text: the JSON.
-            where: what an error's message begins with, usually the file.
-
-        Raises:
-            DataError: this is not such a report.
-        """
-        try:
-            values = json.loads(text)
-            report = cls(
-                heard=tuple(Heard(**heard) for heard in values.pop("hypotheses")),
-                wer_curve=tuple((int(step), float(wer)) for step, wer in values.pop("wer_curve")),
-                losses=tuple(math.nan if loss is None else float(loss) for loss in values.pop("losses")),
-                **values,
-            )
-            report._check()
-            return report
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{where}: not a report of memfit personalize, or a damaged one: remove it.") from error
-
-    def _check(self) -> None:
-        """Refuse, by the errors that a use would raise, values of other kinds than are written."""
-        for mapping in (self.config, self.peak_bytes, self.versions):
-            mapping.items()
-        peak = [self.peak_bytes[line] for line in LINES]
-        figures = (self.steps, self.wer_before, self.wer_after, self.seconds_per_step, self.process_peak_bytes, *peak)
-        if not all(isinstance(figure, int | float) for figure in figures):
-            raise TypeError("a figure is not a number")
-
-
-def versions() -> dict[str, str]:
-    """What the figures of a report depend on besides its settings."""
-    return {
-        "memfit": importlib.metadata.version("memfit"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
+    def rates(self) -> tuple[float, float]:
+        return self.wer_before, self.wer_after

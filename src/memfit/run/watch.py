@@ -1,4 +1,4 @@
-"""What is measured beside the training: the word error rate at a few steps, and by how much the process grows.
+"""What is measured beside the training: a rate on held-out data at a few steps, and by how much the process grows.
 
 Both are kept in a small file, so that the report of a run that was killed and resumed tells the whole run.
 """
@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from memfit.ledger import ProcessPeak, process_peak
-from memfit.speech.report import JSON
-from memfit.speech.results import write_text
+from memfit.run.report import JSON
+from memfit.run.results import write_text
 
 _MEASUREMENTS = 6
 
@@ -23,7 +23,7 @@ class Watch(AbstractContextManager["Watch"]):
     Args:
         path: the file that keeps what was measured.
         steps: of the whole run.
-        rate: measures the word error rate; changes neither weights nor random numbers nor modes.
+        rate: measures the task's rate; changes neither weights nor random numbers nor modes.
         settings: of the run; a file of other settings is not read.
         resume: whether to read the file, if there is one.
 
@@ -52,16 +52,16 @@ class Watch(AbstractContextManager["Watch"]):
         self._pause()
 
     def after(self, step: int) -> None:
-        """Measure the word error rate if this step is one of the few."""
+        """Measure the rate if this step is one of the few."""
         if step in self._due:
             self._pause()
             self._rates[step] = self._rate()
-            kept = {"settings": self._settings, "wer": self._rates, "process_peak_bytes": self.process_bytes}
+            kept = {"settings": self._settings, "rates": self._rates, "process_peak_bytes": self.process_bytes}
             write_text(self._path, json.dumps(kept))
             self._go_on()
 
     def curve(self) -> list[tuple[int, float]]:
-        """(step, word error rate) in the order of the steps, without the beginning and the end."""
+        """(step, rate) in the order of the steps, without the beginning and the end."""
         return sorted(self._rates.items())
 
     def _go_on(self) -> None:
@@ -80,7 +80,9 @@ class Watch(AbstractContextManager["Watch"]):
         try:
             kept = json.loads(self._path.read_text(encoding="utf-8"))
             if kept["settings"] == self._settings:
-                self._rates = {step: float(kept["wer"][str(step)]) for step in self._due if str(step) in kept["wer"]}
+                self._rates = {
+                    step: float(kept["rates"][str(step)]) for step in self._due if str(step) in kept["rates"]
+                }
                 self.process_bytes = int(kept["process_peak_bytes"])
         except (OSError, ValueError, TypeError, KeyError):
             return

@@ -1,14 +1,17 @@
-"""The folder of a personalization: what is in it, and what is refused before anything in it changes."""
+"""The folder of a run: what is in it, and what is refused before anything in it changes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from memfit.errors import CheckpointError, DataError, MemfitError
 from memfit.files import atomic_write, check_writable
-from memfit.speech.report import JSON, PersonalizeReport
+from memfit.run.report import JSON, TaskReport, damaged
+
+R = TypeVar("R", bound=TaskReport)
 
 MODEL = "model.safetensors"
 REPORT = "report.json"
@@ -30,8 +33,8 @@ def refuse_earlier_results(folder: Path) -> None:
         )
 
 
-def finished_report(folder: Path, settings: Mapping[str, JSON]) -> PersonalizeReport | None:
-    """The report of the run in a folder, or None if there is no finished run with its model.
+def finished_report(folder: Path, settings: Mapping[str, JSON], kind: type[R]) -> R | None:
+    """The report of the run in a folder, of this kind, or None if there is no finished run with its model.
 
     Raises:
         CheckpointError: the run had other settings.
@@ -47,8 +50,8 @@ def finished_report(folder: Path, settings: Mapping[str, JSON]) -> PersonalizeRe
     except OSError as error:
         raise DataError(f"{path}: the report of the earlier run can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a report of memfit personalize, or a damaged one: remove it.") from error
-    report = PersonalizeReport.from_json(text, str(path))
+        raise damaged(kind, str(path)) from error
+    report = kind.from_json(text, str(path))
     different = [name for name, value in settings.items() if report.config.get(name, value) != value]
     if different:
         listed = ", ".join(f"{name} was {report.config[name]} and is now {settings[name]}" for name in different)

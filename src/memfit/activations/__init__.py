@@ -1,0 +1,1 @@
+"""Techniques that shrink what forward keeps for backward."""

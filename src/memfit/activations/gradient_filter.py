@@ -1,0 +1,150 @@
+"""The technique of gradient filtering: its setting, and the convolutions that it converts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from memfit.activations.filtered_convolution import Window, filtered_convolution
+from memfit.convert import ConvertedLayer, Technique
+from memfit.errors import ConversionError
+
+
+class _FilteredConv(ConvertedLayer, _ConvNd):
+    """A convolution whose parameters are as ever, and whose backward is filtered."""
+
+    plain_class: ClassVar[type[_ConvNd]]
+
+    @classmethod
+    def weight_names(cls, layer: nn.Module) -> list[str]:
+        return ["weight"]
+
+    @classmethod
+    def obstacle(cls, layer: nn.Module, technique: Technique) -> str | None:
+        if not cast(_ConvNd, layer).weight.dtype.is_floating_point:
+            return f"has weights of {cast(_ConvNd, layer).weight.dtype}: only real numbers are averaged over patches"
+        return None
+
+    @classmethod
+    def convert_(cls, layer: nn.Module, technique: Technique, name: str) -> None:
+        layer.__class__ = cls
+        cast(_FilteredConv, layer).technique = technique
+
+    def restore_(self) -> None:
+        del self.technique
+        self.__class__ = self.plain_class  # type: ignore[assignment]
+
+    def plain_state(self, made: dict[nn.Module, Tensor]) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._parameters.items() if parameter is not None}
+
+    @classmethod
+    def reading(cls, layer: nn.Module, weight: str) -> Hashable:
+        return "weight"
+
+    def tie_(self, weight: str, other: ConvertedLayer, other_weight: str) -> None:
+        """Nothing to do: the weight is still the one Parameter of both."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        axes = len(self.kernel_size)
+        if input.dim() not in (axes + 1, axes + 2):
+            raise RuntimeError(
+                f"Expected {axes + 1}D (unbatched) or {axes + 2}D (batched) input to {self.plain_class.__name__}, "
+                f"but got input of size: {list(input.shape)}"
+            )
+        if input.dim() == axes + 1:
+            return self._filtered(input.unsqueeze(0)).squeeze(0)
+        return self._filtered(input)
+
+    @abstractmethod
+    def _filtered(self, x: Tensor) -> Tensor:
+        """The output for a batched input."""
+
+    def _windows(self) -> list[Window]:
+        """How each axis is read, first axis first."""
+        # Before each axis, the last axis first; padding="same" may put one more after it.
+        before = self._reversed_padding_repeated_twice[-2::-2]
+        return [Window(*each) for each in zip(self.kernel_size, self.stride, before, self.dilation, strict=True)]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.technique}"
+
+
+class FilteredConv2d(_FilteredConv, nn.Conv2d):
+    """``nn.Conv2d`` with a filtered backward."""
+
+    plain_class = nn.Conv2d
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        patch = cast("GradientFilter", self.technique).patch
+        rows, columns = self._windows()
+        return filtered_convolution(
+            x, self.weight, self.bias, self._conv_forward, (rows, columns), self.groups, (patch, patch)
+        )
+
+
+class FilteredConv1d(_FilteredConv, nn.Conv1d):
+    """``nn.Conv1d`` with a filtered backward: a map of one row, of which each patch is ``patch`` positions."""
+
+    plain_class = nn.Conv1d
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        patch = cast("GradientFilter", self.technique).patch
+        row = Window(kernel=1, stride=1, padding=0, dilation=1)
+
+        def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self._conv_forward(x.squeeze(2), weight.squeeze(2), bias).unsqueeze(2)
+
+        y = filtered_convolution(
+            x.unsqueeze(2),
+            self.weight.unsqueeze(2),
+            self.bias,
+            forward,
+            (row, self._windows()[0]),
+            self.groups,
+            (1, patch),
+        )
+        return y.squeeze(2)
+
+
+@dataclass(frozen=True)
+class GradientFilter(Technique):
+    """Train convolutions with the gradient of their output averaged over patches: backward becomes many times faster.
+
+    Forward is exactly PyTorch's. Backward replaces each ``patch`` x ``patch`` patch of the output's gradient by its
+    mean, so that it needs of the input only means over patches, which is all that is kept: 1 / (patch x stride)^2 of
+    the input. The weights stay plain parameters and train densely; the gradient of the bias is exact.
+
+    The gradients are approximations: the weight's is the same at every tap of the kernel. So use it to fine-tune the
+    last layers of a pretrained net, whose gradient maps are smooth, and not to train one from scratch.
+    ``memfit filter-scan`` measures the error layer by layer. Batch norms and activation functions around the
+    convolution keep what they keep.
+
+    Args:
+        patch: width and height of a patch in pixels of the layer's output; on smaller maps it is the whole map. Along
+            an axis where the kernel is dilated by a patch or more, its taps keep gradients of their own.
+
+    Raises:
+        ConversionError: patch is not a whole number of at least 1.
+
+    Source: arXiv 2301.00330.
+
+    Example:
+        >>> memfit.convert_(model, memfit.GradientFilter(patch=4), where="layer4.*")
+        >>> optimizer = torch.optim.SGD(model.layer4.parameters(), lr=0.01, momentum=0.9)
+    """
+
+    patch: int
+
+    layers: ClassVar[Mapping[type[nn.Module], type[ConvertedLayer]]] = {
+        nn.Conv1d: FilteredConv1d,
+        nn.Conv2d: FilteredConv2d,
+    }
+
+    def __post_init__(self) -> None:
+        if isinstance(self.patch, bool) or not isinstance(self.patch, int) or self.patch < 1:
+            raise ConversionError(f"patch={self.patch!r} is not possible: give a whole number of at least 1.")
