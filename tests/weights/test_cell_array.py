@@ -150,3 +150,26 @@ def test_successes_at_the_ends_of_the_scale():
     assert successes(0, 0.5).tolist() == []
     with pytest.raises(ValueError, match="probability"):
         successes(5, 1.5)
+
+
+def test_a_run_of_rows_is_written_alone():
+    cells = CellArray(torch.zeros(6, 3))
+    wanted = torch.full((2, 3), 0.25)
+    assert cells.would_change(wanted, start=3) == 6
+    assert cells.write_(wanted, start=3) == 6
+    expected = torch.zeros(6, 3)
+    expected[3:5] = 0.25
+    assert torch.equal(cells.values, expected)
+    assert torch.equal(cells.writes, (expected > 0).int())
+    with pytest.raises(ValueError, match="are not of the cells' shape"):
+        cells.write_(wanted, start=5)
+
+
+def test_a_parameter_stays_this_parameter():
+    weight = torch.nn.Parameter(torch.tensor([0.3, 0.7]))
+    cells = CellArray(weight)
+    assert cells.values is weight
+    assert list(cells.parameters()) == [weight]
+    assert cells.write_(torch.tensor([0.5, 0.7])) == 1
+    assert weight.tolist() == [0.5, 0.703125]
+    assert weight.requires_grad

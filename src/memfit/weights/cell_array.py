@@ -24,7 +24,7 @@ class CellArray(nn.Module):
 
     Args:
         values: the weight, float32 or float64, of any shape; it is quantized. Filling the cells at first is no write:
-            it is done once, before the device is used.
+            it is done once, before the device is used. A Parameter stays this Parameter, which an optimizer may hold.
         bits: of a cell, 1 to 16.
         low: the lowest level.
         high: one step above the highest level; see :mod:`memfit.weights.quantize`.
@@ -46,24 +46,29 @@ class CellArray(nn.Module):
         super().__init__()
         self.bits, self.low, self.high = bits, low, high
         self.step = step_of(bits, low, high)
-        values = values.detach()
         if values.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"cells hold float32 or float64 values, not {values.dtype}.")
         if not bool(values.isfinite().all()):
             raise ValueError("the values that cells are to hold are not all finite.")
-        self.register_buffer("values", quantize(values, bits, low, high).contiguous())
-        self.register_buffer("writes", torch.zeros_like(values, dtype=torch.int32))
+        quantized = quantize(values.detach(), bits, low, high).contiguous()
+        if isinstance(values, nn.Parameter):
+            values.data = quantized
+            self.values = values
+        else:
+            self.register_buffer("values", quantized)
+        self.register_buffer("writes", torch.zeros_like(quantized, dtype=torch.int32))
         self.register_buffer("reads", torch.zeros((), dtype=torch.int64, device=values.device))
 
     def extra_repr(self) -> str:
         return f"{tuple(self.values.shape)}, bits={self.bits}, range=[{self.low:g}, {self.high:g})"
 
     @torch.no_grad()
-    def write_(self, values: Tensor) -> int:
+    def write_(self, values: Tensor, start: int = 0) -> int:
         """Write new values, quantized, to the cells whose level they change.
 
         Args:
-            values: of the cells' shape.
+            values: of the cells' shape; fewer along the first axis are for the cells from ``start`` on.
+            start: the first of the cells along the first axis.
 
         Returns:
             How many cells were written.
@@ -71,17 +76,18 @@ class CellArray(nn.Module):
         Raises:
             TrainingError: a value is not a number; nothing is written then. Infinite ones are the range's ends.
         """
-        target, changed = self._changes(values)
+        target, changed = self._changes(values, start)
         count = int(changed.count_nonzero())
         if count:
-            torch.where(changed, target, self.values, out=self.values)
-            self.writes.add_(changed)
+            held, writes = self._run(self.values, values, start), self._run(self.writes, values, start)
+            torch.where(changed, target, held, out=held)
+            writes.add_(changed)
         return count
 
     @torch.no_grad()
-    def would_change(self, values: Tensor) -> int:
+    def would_change(self, values: Tensor, start: int = 0) -> int:
         """How many cells :meth:`write_` would write; raises as it does."""
-        return int(self._changes(values)[1].count_nonzero())
+        return int(self._changes(values, start)[1].count_nonzero())
 
     def count_read_(self, times: int = 1) -> None:
         """Note that all cells were read: a forward pass reads them once, and a backward pass to the input once more."""
@@ -120,15 +126,21 @@ class CellArray(nn.Module):
         codes = quantize(flat[touched], self.bits, self.low, self.high).div_(self.step).long() - lowest
         flat[touched] = ((codes ^ mask) + lowest).to(self.values.dtype) * self.step
 
-    def _changes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _run(whole: Tensor, part: Tensor, start: int) -> Tensor:
+        """What ``part`` is for, along the first axis; a shape that does not fit is not seen to here."""
+        return whole[start : start + len(part)] if whole.dim() and part.dim() else whole
+
+    def _changes(self, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """The values on their levels, and where these differ from the cells' levels."""
-        if values.shape != self.values.shape:
+        held = self._run(self.values, values, start)
+        if values.shape != held.shape:
             raise ValueError(f"values {tuple(values.shape)} are not of the cells' shape {tuple(self.values.shape)}.")
         target = quantize(values.to(self.values.dtype), self.bits, self.low, self.high)
         if bool(target.sum().isnan()):
             raise TrainingError("a weight that is to be written is not a number: lower the learning rate.")
         # A drifted cell lies between levels; rewriting it with the level it is read as would change nothing.
-        return target, target != quantize(self.values, self.bits, self.low, self.high)
+        return target, target != quantize(held, self.bits, self.low, self.high)
 
 
 def successes(

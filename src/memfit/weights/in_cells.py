@@ -18,7 +18,7 @@ CELLS = "weight_cells"
 def put_in_cells_(layers: Iterable[nn.Module], bits: int = 8, limit: float | None = None) -> list[CellArray]:
     """Move the ``weight`` of each layer into a :class:`CellArray`, in place.
 
-    The layer's ``weight`` stays a Parameter, whose memory is now the cells' own: it is read as before, follows every
+    The layer's ``weight`` stays the Parameter that it is, which the cells hold too: it is read as before, follows every
     drift, and is written by :class:`CellSGD` alone; another optimizer would go past the cells, uncounted. The cells are
     the layer's submodule ``weight_cells``, so that ``state_dict`` has them.
 
@@ -36,7 +36,6 @@ def put_in_cells_(layers: Iterable[nn.Module], bits: int = 8, limit: float | Non
         assert isinstance(weight, nn.Parameter)
         reach = range_of(weight) if limit is None else limit
         array = CellArray(weight, bits, -reach, reach)
-        layer.weight = nn.Parameter(array.values, requires_grad=weight.requires_grad)
         layer.add_module(CELLS, array)
         arrays.append(array)
     return arrays
