@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -50,9 +51,10 @@ def reduce_product(left: Tensor, right: Tensor, mixing: Mixing) -> tuple[Tensor,
         u, values, v = torch.linalg.svd(core)
     except torch.linalg.LinAlgError:  # what torch says of NaN
         return None
-    mixed = _mixed(values, mixing)
-    if mixed is None:
+    numbers = values.tolist()
+    if not math.isfinite(sum(numbers)):
         return None
+    mixed = torch.from_numpy(numpy.array(mixing(numbers))).to(core).t()
     return (mixed @ u.t()).to(left.device) @ left_basis.t(), (mixed @ v).to(right.device) @ right_basis.t()
 
 
@@ -70,20 +72,18 @@ def reduce_matrix(matrix: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor] | Non
         squares, basis = torch.linalg.eigh((wide @ wide.t()).cpu())
     except torch.linalg.LinAlgError:
         return None
-    values = squares.clamp_(min=0).sqrt_().flip(0)
-    mixed = _mixed(values, mixing)
-    if mixed is None:
+    ascending = squares.tolist()
+    if not math.isfinite(sum(ascending)):
         return None
+    values = [math.sqrt(max(square, 0.0)) for square in reversed(ascending)]
+    rows = mixing(values)
     # Row i of basis^T matrix is s_i v_i^T; values that count as zero have no direction.
-    inverse = torch.where(values > NEGLIGIBLE * values[0], values.reciprocal(), 0.0)
-    basis = basis.flip(1).t()
-    return (mixed @ basis).to(matrix), (mixed.mul_(inverse) @ basis).to(matrix) @ matrix
-
-
-def _mixed(values: Tensor, mixing: Mixing) -> Tensor | None:
-    """M^T (r x p) for singular values, or None when these are not finite."""
-    numbers = values.tolist()
-    return values.new_tensor(mixing(numbers)).t() if math.isfinite(sum(numbers)) else None
+    least = NEGLIGIBLE * values[0]
+    others = [[x / value for x in row] if value > least else row for row, value in zip(rows, values, strict=True)]
+    both = numpy.array([row + other for row, other in zip(rows, others, strict=True)][::-1])
+    mixed = (basis @ torch.from_numpy(both)).to(matrix).t()
+    rank = len(rows[0])
+    return mixed[:rank], mixed[rank:] @ matrix
 
 
 def unrounded(device: torch.device) -> AbstractContextManager[object]:
@@ -126,6 +126,7 @@ class KroneckerSum(nn.Module):
     Source: arXiv 2009.03887; Benzing et al., ICML 2019.
     """
 
+    holds_gradients = True  # so says the ledger of its buffers
     left: Tensor
     right: Tensor
     scales: Tensor | None
@@ -163,7 +164,8 @@ class KroneckerSum(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
-        return self.left.shape[1], self.right.shape[1]
+        left, right = self._stored()
+        return left.shape[1], right.shape[1]
 
     @property
     def takes_matrix(self) -> bool:
@@ -226,9 +228,18 @@ class KroneckerSum(nn.Module):
         return left[:, start:stop].t() @ right
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        if self.scales is None:
-            return self.left, self.right
-        return self.left * self.scales[0], self.right * self.scales[1]
+        left, right = self._stored()
+        if self.bits is None:
+            return left, right
+        assert self.scales is not None
+        return left * self.scales[0], right * self.scales[1]
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        # Not by attribute, which is slow in a module.
+        left, right = self._buffers["left"], self._buffers["right"]
+        assert left is not None
+        assert right is not None
+        return left, right
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -245,13 +256,15 @@ class KroneckerSum(nn.Module):
     def _keep(self, factors: tuple[Tensor, Tensor] | None) -> bool:
         if factors is None:
             return False
-        for index, (mine, values) in enumerate(zip((self.left, self.right), factors, strict=True)):
-            if self.scales is None:
-                mine.copy_(values)
-            else:
-                largest = values.abs().max()
-                self.scales[index] = largest / _LARGEST
-                mine.copy_(values.mul_(_LARGEST / largest.clamp(min=torch.finfo(self.dtype).tiny)).round_())
+        left, right = self._stored()
+        if self.scales is None:
+            left.copy_(factors[0])
+            right.copy_(factors[1])
+            return True
+        for index, (mine, values) in enumerate(zip((left, right), factors, strict=True)):
+            largest = values.abs().max()
+            self.scales[index] = largest / _LARGEST
+            mine.copy_(values.mul_(_LARGEST / largest.clamp(min=torch.finfo(self.dtype).tiny)).round_())
         return True
 
     def get_extra_state(self) -> Tensor:

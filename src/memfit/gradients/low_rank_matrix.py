@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from memfit.gradients import refresh
 from memfit.gradients.basis import moved_coordinates, power_basis, random_basis
 from memfit.gradients.low_rank_product import low_rank_linear
+from memfit.gradients.matrix_layer import WeightMatrix
+from memfit.gradients.steps import Watcher
 from memfit.sharding import full, is_sharded, replicated
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def matrix_shape(weight: Tensor, transposed: bool = False) -> tuple[int, int]:
     return (columns, rows) if transposed else (rows, columns)
 
 
-class LowRankMatrix(nn.Module):
+class LowRankMatrix(WeightMatrix, Watcher):
     """One frozen weight and the factors that train it.
 
     A weight of more than two dimensions is the matrix of its first one against all others, such as a convolution's
@@ -106,6 +108,17 @@ class LowRankMatrix(nn.Module):
         else:
             base.copy_(self.effective())
         self.left.zero_()
+
+    def watched(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.right, self.left
+
+    def restore_(self) -> nn.Parameter:
+        """The weight's own Parameter, trained, to be an ordinary one again."""
+        self.merge_()
+        refresh.unwatch(self)
+        self.base.grad = None
+        self.base.requires_grad_(True)
+        return self.base
 
     def before_step(self) -> None:
         """Keep the gradient of a power basis V from the optimizer: it tells where V goes at the next refresh.

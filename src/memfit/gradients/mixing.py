@@ -19,13 +19,13 @@ Learning", ICML 2019, for p = r + 1.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
 # Singular values below this share of the largest are rounding errors of float32, and of products of float64. Mixed in,
 # each would bring noise of the square root of its share.
 NEGLIGIBLE = 1e-6
+_WORD = 2**64 - 1
 
 
 def kept(values: Sequence[float], rank: int) -> int:
@@ -66,16 +66,20 @@ def unbiased_mixing(values: Sequence[float], rank: int, signs: Sequence[int]) ->
         rank: r, from 1.
         signs: p numbers, 1 or -1, drawn independently.
     """
-    values = [value if value > NEGLIGIBLE * values[0] else 0.0 for value in values]
-    first = kept(values, rank)
-    tail = values[first:]
-    total, columns = sum(tail), rank - first
-    if len(values) <= rank or not total:
-        return biased_mixing(values, rank)
-    rows = biased_mixing(values[:first], rank)
+    least = NEGLIGIBLE * values[0]
+    count = sum(value > least for value in values)
+    if count <= rank:
+        return biased_mixing([*values[:count], *[0.0] * (len(values) - count)], rank)
+    first = kept(values[:count], rank)
+    tail = values[first:count]
+    columns, total = rank - first, sum(tail)
     length = math.sqrt(total / columns)
-    for row, sign in zip(orthonormal_columns([value * columns / total for value in tail]), signs[first:], strict=True):
-        rows.append([0.0] * first + [sign * length * x for x in row] + [0.0] * (columns - len(row)))
+    rows = biased_mixing(values[:first], rank)
+    before = [0.0] * first
+    for row, sign in zip(orthonormal_columns([value * columns / total for value in tail]), signs[first:], strict=False):
+        size = sign * length
+        rows.append(before + [size * x for x in row] + [0.0] * (columns - len(row)))
+    rows += [[0.0] * rank] * (len(values) - count)
     return rows
 
 
@@ -95,22 +99,38 @@ def orthonormal_columns(squares: Sequence[float]) -> list[list[float]]:
     rows: list[list[float]] = []
     rest, square, used = [1.0], 1.0, 1
     for wanted in squares:
-        if square < min(wanted, 1) and used < columns:
+        if square < min(wanted, 1.0) and used < columns:
             used += 1
-            sine = math.sqrt((wanted - square) / (1 - square))
-            cosine = math.sqrt((1 - wanted) / (1 - square)) if wanted < 1 else 0.0
-            rows.append([*(cosine * x for x in rest), *[0.0] * (used - 1 - len(rest)), sine])
-            rest = [*(-sine * x for x in rest), *[0.0] * (used - 1 - len(rest)), cosine]
+            share = min((wanted - square) / (1 - square), 1.0)
+            sine, cosine = math.sqrt(share), math.sqrt(1 - share)
+            rows.append([*[cosine * x for x in rest], sine])
+            rest = [*[-sine * x for x in rest], cosine]
             square = max(square + 1 - wanted, 0.0)
         else:
             share = min(wanted / square, 1.0) if square > 0 else 0.0
-            rows.append([math.sqrt(share) * x for x in rest])
-            rest = [math.sqrt(1 - share) * x for x in rest]
+            sine, cosine = math.sqrt(1 - share), math.sqrt(share)
+            rows.append([cosine * x for x in rest])
+            rest = [sine * x for x in rest]
             square = max(square - wanted, 0.0)
     return rows
 
 
 def random_signs(seed: int, draw: int, count: int) -> list[int]:
     """``count`` independent signs, 1 or -1: the same for the same seed and draw, on any device, without a state."""
-    bits = int.from_bytes(hashlib.shake_128(f"{seed}/{draw}".encode()).digest((count + 7) // 8), "little")
-    return [1 - 2 * (bits >> place & 1) for place in range(count)]
+    start = scrambled(seed) + draw << 32
+    signs: list[int] = []
+    for number in range(0, count, 64):
+        bits = scrambled(start + number)
+        signs += [1 - 2 * (bits >> place & 1) for place in range(min(count - number, 64))]
+    return signs
+
+
+def scrambled(number: int) -> int:
+    """64 bits that look random, of any number: a step of SplitMix64.
+
+    Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    bits = number + 0x9E3779B97F4A7C15 & _WORD
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _WORD
+    return bits ^ bits >> 31
