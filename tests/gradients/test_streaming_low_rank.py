@@ -155,6 +155,12 @@ def test_gradients_of_inputs_and_biases_are_right(net: Net) -> None:
     assert torch.autograd.gradcheck(lambda x, *_: net(x), (x, *biases))
 
 
+def test_an_input_of_another_dtype_is_refused_as_by_torch(net: Net) -> None:
+    memfit.convert_(net, memfit.StreamingLowRank(rank=2))
+    with pytest.raises(RuntimeError, match="should be the same"):
+        net(torch.rand(1, 1, 9, 9, dtype=torch.float64))
+
+
 def test_a_second_derivative_is_refused(net: Net) -> None:
     memfit.convert_(net, memfit.StreamingLowRank(rank=2))
     x = torch.rand(1, 1, 9, 9, requires_grad=True)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal
 
@@ -84,12 +83,6 @@ def reduce_matrix(matrix: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor] | Non
     mixed = (basis @ torch.from_numpy(both)).to(matrix).t()
     rank = len(rows[0])
     return mixed[:rank], mixed[rank:] @ matrix
-
-
-def unrounded(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off: it would round products to half precision. Entered only where it is on, which is quicker."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class KroneckerSum(nn.Module):
@@ -172,7 +165,6 @@ class KroneckerSum(nn.Module):
         """Whether a side of the matrix is so short that the whole matrix is no more than a block of terms."""
         return min(self.shape) <= self.rank + self.block
 
-    @torch.no_grad()
     def add(self, left: Tensor, right: Tensor) -> bool:
         """Add ``left right^T``.
 
@@ -194,28 +186,36 @@ class KroneckerSum(nn.Module):
             )
         if left.shape[1] != right.shape[1]:
             raise ValueError(f"{left.shape[1]} columns on the left and {right.shape[1]} on the right do not pair.")
-        with unrounded(self.left.device):
-            if self.takes_matrix and self.rank + left.shape[1] >= min(self.shape):
-                return self.add_matrix(left.to(self.dtype) @ right.to(self.dtype).t())
-            whole = True
-            for start in range(0, left.shape[1], self.block):
-                block = slice(start, start + self.block)
-                whole &= self._add_rows(left.t()[block], right.t()[block])
-            return whole
+        return self.add_rows(left.t(), right.t())
+
+    @torch.no_grad()
+    def add_rows(self, left: Tensor, right: Tensor) -> bool:
+        """Add ``left^T right``, for (b, rows) and (b, columns), as layers have them; see :meth:`add`."""
+        if torch.is_autocast_enabled(left.device.type):  # it would round products to half precision
+            with torch.autocast(left.device.type, enabled=False):
+                return self.add_rows(left, right)
+        left, right = left.to(self.dtype), right.to(self.dtype)
+        if self.takes_matrix and self.rank + len(left) >= min(self.shape):
+            return self.add_matrix(left.t() @ right)
+        if len(left) <= self.block:
+            return self._add_block(left, right)
+        blocks = zip(left.split(self.block), right.split(self.block), strict=True)
+        return min([self._add_block(*block) for block in blocks])
 
     @torch.no_grad()
     def add_matrix(self, matrix: Tensor) -> bool:
         """Add a whole matrix (rows, columns), for those who have one anyway; see :meth:`add`."""
-        with unrounded(self.left.device):
-            left, right = self._rows()
-            total = torch.addmm(matrix.to(self.dtype), left.t(), right)
-            return self._keep(reduce_matrix(total, self._mixing(min(self.shape))))
+        if torch.is_autocast_enabled(matrix.device.type):
+            with torch.autocast(matrix.device.type, enabled=False):
+                return self.add_matrix(matrix)
+        left, right = self._rows()
+        total = torch.addmm(matrix.to(self.dtype), left.t(), right)
+        return self._keep(reduce_matrix(total, self._mixing(min(total.shape))))
 
-    def _add_rows(self, left: Tensor, right: Tensor) -> bool:
-        """Add one block of terms (b, rows) and (b, columns)."""
+    def _add_block(self, left: Tensor, right: Tensor) -> bool:
         mine, yours = self._rows()
-        lefts, rights = torch.cat((mine, left.to(self.dtype))), torch.cat((yours, right.to(self.dtype)))
-        return self._keep(reduce_product(lefts, rights, self._mixing(min(*self.shape, len(lefts)))))
+        lefts, rights = torch.cat((mine, left)), torch.cat((yours, right))
+        return self._keep(reduce_product(lefts, rights, self._mixing(min(len(lefts), *self.shape))))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L (rows, r) and R (columns, r), of :attr:`dtype`."""

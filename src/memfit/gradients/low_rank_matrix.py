@@ -28,6 +28,8 @@ from memfit.gradients.steps import Watcher
 from memfit.sharding import full, is_sharded, replicated
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from memfit.gradients.low_rank import LowRankGradient
 
 
@@ -50,6 +52,7 @@ class LowRankMatrix(WeightMatrix, Watcher):
             Factors are float32 where the weight is of half precision, else of its dtype.
     """
 
+    has_moments = True
     base: nn.Parameter
     left: nn.Parameter
     right: nn.Parameter
@@ -130,7 +133,7 @@ class LowRankMatrix(WeightMatrix, Watcher):
             self.right.grad = None
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Count a step of the optimizer that holds U; when it is time, merge and change the basis.
 
         With a random V nothing known of U's old coordinates holds in the new ones, so that the moments are reset, as if

@@ -7,7 +7,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -21,6 +21,9 @@ _steps = threading.local()  # .running: the steps that this thread is in, outerm
 class Watcher(ABC):
     """What is told of the steps of its parameters' optimizers, from :func:`watch` on."""
 
+    has_moments: ClassVar[bool] = False
+    """Whether :func:`optimizer_of` is to know the optimizers of the watched parameters."""
+
     @abstractmethod
     def watched(self) -> tuple[nn.Parameter | None, nn.Parameter]:
         """The parameter before whose optimizer's steps, and the one after whose steps, this wants to be told."""
@@ -30,8 +33,8 @@ class Watcher(ABC):
         return
 
     @abstractmethod
-    def after_step(self) -> None:
-        """An optimizer has stepped."""
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped: ``optimizer``, or one that is within it."""
 
 
 class _Step(NamedTuple):
@@ -57,7 +60,10 @@ def unwatch(watcher: Watcher) -> None:
 
 
 def optimizer_of(parameter: nn.Parameter) -> Optimizer | None:
-    """The optimizer that last stepped with a watched parameter; of one within another the one with the state."""
+    """The optimizer that last stepped with a parameter; of one within another the one with the state.
+
+    Known of parameters of watchers that have moments.
+    """
     reference = _optimizers.get(parameter)
     return None if reference is None else reference()
 
@@ -100,19 +106,20 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _watchers:
         return
     pairs = [(watcher, *watcher.watched()) for watcher in _watchers]
-    wanted = {id(parameter) for _, *both in pairs for parameter in both}
-    for parameter in [p for group in optimizer.param_groups for p in group["params"] if id(p) in wanted]:
-        # Of one optimizer within another the inner one has the state, and comes first.
-        known = optimizer_of(parameter)
-        if known is None or parameter in optimizer.state or parameter not in known.state:
-            _optimizers[parameter] = weakref.ref(optimizer)
+    wanted = {id(parameter) for watcher, *both in pairs if watcher.has_moments for parameter in both}
+    if wanted:
+        for parameter in [p for group in optimizer.param_groups for p in group["params"] if id(p) in wanted]:
+            # Of one optimizer within another the inner one has the state, and comes first.
+            known = optimizer_of(parameter)
+            if known is None or parameter in optimizer.state or parameter not in known.state:
+                _optimizers[parameter] = weakref.ref(optimizer)
     running, frame = _running_steps(), sys._getframe(1)
     if running and running[-1].frame is frame:
         last = {id(after): watcher for watcher, _, after in pairs}
         # In the optimizer's order, the same in all processes: merging a sharded weight is a conversation of theirs.
         for parameter in running.pop().own:
             if id(parameter) in last:
-                last[id(parameter)].after_step()
+                last[id(parameter)].after_step(optimizer)
 
 
 def _running_steps() -> list[_Step]:

@@ -18,6 +18,8 @@ from memfit.gradients.streaming_product import Convolution, Linear, Operator, st
 from memfit.weights.quantize import fake_quantize, quantize
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from memfit.gradients.streaming_low_rank import StreamingLowRank
 
 # Ranges of the method's paper; those of weights follow the weights.
@@ -60,7 +62,7 @@ class StreamingLayer(MatrixLayer, Watcher):
         super().convert_(layer, technique, name)
         converted = cast(StreamingLayer, layer)
         if converted.bias is not None and converted.technique.bias_bits is not None:
-            converted.after_step()
+            converted.round_bias_()
             steps.watch(converted)
 
     def restore_(self) -> None:
@@ -76,16 +78,20 @@ class StreamingLayer(MatrixLayer, Watcher):
         assert self.bias is not None
         return None, self.bias
 
+    def after_step(self, optimizer: Optimizer) -> None:
+        self.round_bias_()
+
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Round the bias to its levels: what is below half a step is lost, as in the memory that it stands for."""
+    def round_bias_(self) -> None:
+        """Bring the bias to its levels: what is below half a step is lost, as in the memory that it stands for."""
         bits = self.technique.bias_bits
         if self.bias is not None and bits is not None:
             self.bias.copy_(quantize(self.bias, bits, *BIAS_RANGE))
 
     def apply_(self, x: Tensor, operator: Operator) -> Tensor:
         """What ``operator`` computes of x, with the sum as what becomes of the weight's gradient."""
-        matrix, bits = cast(StreamingMatrix, self.matrices["weight"]), self.technique.gradient_bits
+        matrices, bits = cast(nn.ModuleDict, self._modules["streaming"]), self.technique.gradient_bits
+        matrix = cast(StreamingMatrix, matrices._modules["weight"])
         levels = None if bits is None else (bits, *GRADIENT_RANGE)
         return streaming(x, matrix.effective(), self.bias, operator, matrix.terms, matrix.note, levels)
 

@@ -32,6 +32,8 @@ from memfit.weights.cell_array import CellArray
 from memfit.weights.in_cells import range_of
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from memfit.gradients.streaming_low_rank import StreamingLowRank
 
 
@@ -108,20 +110,13 @@ class StreamingMatrix(WeightMatrix, Watcher):
         return None, self.effective()
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _refuse_several_processes(torch.distributed.get_world_size())
         self.samples += 1
-        if self.samples % self.period == 0 and self._write(self._learning_rate()):
+        if self.samples % self.period == 0 and self._write(_learning_rate(self.effective(), optimizer)):
             self.terms.reset()
             self.samples = 0
-
-    def _learning_rate(self) -> float:
-        """That of the weight's group in its optimizer, negative where that maximizes."""
-        weight, optimizer = self.effective(), steps.optimizer_of(self.effective())
-        assert optimizer is not None
-        group = next(group for group in optimizer.param_groups if any(each is weight for each in group["params"]))
-        return -float(group["lr"]) if group.get("maximize") else float(group["lr"])
 
     def _write(self, lr: float) -> bool:
         """Apply the sum, if enough cells change by it; whether it was."""
@@ -163,6 +158,12 @@ class StreamingMatrix(WeightMatrix, Watcher):
     def set_extra_state(self, state: Tensor) -> None:
         samples, attempts, self.average = state.tolist()
         self.samples, self.attempts = int(samples), int(attempts)
+
+
+def _learning_rate(weight: nn.Parameter, optimizer: Optimizer) -> float:
+    """That of the weight's group, negative where the optimizer maximizes."""
+    group = next(group for group in optimizer.param_groups if any(each is weight for each in group["params"]))
+    return -float(group["lr"]) if group.get("maximize") else float(group["lr"])
 
 
 def _refuse_several_processes(count: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memfit.gradients.convolution import Geometry
-from memfit.gradients.kronecker_sum import KroneckerSum, unrounded
+from memfit.gradients.kronecker_sum import KroneckerSum
 from memfit.weights.quantize import quantize
 
 
@@ -42,7 +42,7 @@ class Linear(NamedTuple):
         return d.sum(0)
 
     def add_terms(self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor) -> bool:
-        return total.add(d.t(), x.t())
+        return total.add_rows(d, x)
 
 
 class Convolution(NamedTuple):
@@ -64,7 +64,7 @@ class Convolution(NamedTuple):
             return total.add_matrix(self._backward(d, x, weight, (False, True, False))[1].flatten(1))
         finite = True
         for some, patches in self._terms(d, x, (weight.shape[2], weight.shape[3]), total.block):
-            finite &= total.add(some.t(), patches.t())
+            finite &= total.add_rows(some, patches)
         return finite
 
     def _backward(self, d: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
@@ -113,11 +113,17 @@ def streaming(
 
     Returns:
         The output, of autocast's dtype where that is on. It can be differentiated once.
+
+    Raises:
+        RuntimeError: input and weight are of two dtypes.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    with unrounded(x.device):
+    if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+        if x.dtype != weight.dtype:
+            raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
+        return _Streaming.apply(x, weight, bias, operator, total, note, gradient_levels)
+    x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
         return _Streaming.apply(x, weight, bias, operator, total, note, gradient_levels)
 
 
@@ -141,18 +147,24 @@ class _Streaming(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_autocast_enabled(d.device.type):  # of a backward pass inside of it
+            with torch.autocast(d.device.type, enabled=False):
+                return _Streaming._gradients(ctx, d)
+        return _Streaming._gradients(ctx, d)
+
+    @staticmethod
+    def _gradients(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         operator, total, note, gradient_levels = ctx.rest
         dx = dbias = None
-        with unrounded(d.device):
-            if gradient_levels is not None:
-                d = quantize(d, *gradient_levels)
-            weight = weight.to(d.dtype)
-            if ctx.needs_input_grad[0]:
-                dx = operator.input_gradient(d, x, weight)
-            if ctx.needs_input_grad[2]:
-                dbias = operator.bias_gradient(d).to(ctx.bias_dtype)
-            # In a few bits, a sample that the model is sure of has no gradient at all.
-            if ctx.needs_input_grad[1] and bool(d.any()):
-                note(operator.add_terms(total, d, x, weight))
+        if gradient_levels is not None:
+            d = quantize(d, *gradient_levels)
+        weight = weight.to(d.dtype)
+        if ctx.needs_input_grad[0]:
+            dx = operator.input_gradient(d, x, weight)
+        if ctx.needs_input_grad[2]:
+            dbias = operator.bias_gradient(d).to(ctx.bias_dtype)
+        # In a few bits, a sample that the model is sure of has no gradient at all.
+        if ctx.needs_input_grad[1] and bool(d.any()):
+            note(operator.add_terms(total, d, x, weight))
         return dx, None, dbias, None, None, None, None
