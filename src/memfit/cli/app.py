@@ -15,6 +15,7 @@ from memfit.cli.classify import classify
 from memfit.cli.console import say
 from memfit.cli.demo import demo
 from memfit.cli.finetune import finetune
+from memfit.cli.nvm import nvm
 from memfit.cli.personalize import personalize
 from memfit.cli.profile import profile
 from memfit.cli.transcribe import transcribe
@@ -51,6 +52,7 @@ app.command()(personalize)
 app.command()(transcribe)
 app.command()(finetune)
 app.command()(classify)
+app.command()(nvm)
 app.command()(profile)
 app.command()(demo)
 
