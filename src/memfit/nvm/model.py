@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memfit.weights.quantized_activation import QuantizedLogits, QuantizedReLU
 
 _CHANNELS = (8, 8, 16, 16)
 _STRIDES = (1, 2, 1, 2)
 _HIDDEN = 64
+LIMIT = 1.0  # weights are in [-LIMIT, LIMIT)
 _SPREAD = 0.5  # standard deviation of the weights at first: they fill the cells' range, and have room
 
 
@@ -59,8 +60,3 @@ def _scaled(layer: nn.Conv2d | nn.Linear) -> list[nn.Module]:
     assert layer.bias is not None
     layer.bias.zero_()
     return [QuantizedReLU(alpha), layer]
-
-
-def correct(logits: Tensor, label: Tensor) -> bool:
-    """Whether the largest logit of one sample is the label's."""
-    return int(logits.argmax()) == int(label)

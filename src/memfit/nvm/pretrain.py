@@ -16,13 +16,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from memfit.fit import FitResult, StepRecord, fit
 from memfit.nvm.augment import elastic
 from memfit.nvm.data import Images
-from memfit.nvm.model import CharacterNet, weight_layers
+from memfit.nvm.model import LIMIT, CharacterNet, weight_layers
+from memfit.run.identity import digest
 from memfit.weights.quantize import fake_quantize, quantize
 from memfit.weights.quantized_activation import QuantizedLogits, QuantizedReLU
+from memfit.weights.quantized_sgd import BIASES
 
-WEIGHTS = (8, -1.0, 1.0)
-BIASES = (16, -8.0, 8.0)
 STEPS = 2000
+_BITS = 8
 _BATCH = 64
 _LR = 3e-3
 _EVERY = 250
@@ -32,7 +33,7 @@ class _Quantized(nn.Module):
     """Parametrization: the weight as its cells will hold it."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, *WEIGHTS)
+        return fake_quantize(weight, _BITS, -LIMIT, LIMIT)
 
 
 class _Batches:
@@ -89,7 +90,7 @@ def pretrain(
         checkpoint=checkpoint,
         every=_EVERY,
         resume=resume,
-        settings={"seed": seed, "steps": steps, "size": images.size, "classes": images.classes},
+        settings={"seed": seed, "steps": steps, "data_sha256": digest([images.train, images.train_labels])},
         progress=progress,
         on_step=on_step,
         measure=False,

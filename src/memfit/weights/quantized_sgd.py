@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -30,7 +30,12 @@ class QuantizedSGD(Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, bits: int = 16, low: float = -8.0, high: float = 8.0
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        bits: int = 16,
+        low: float = -8.0,
+        high: float = 8.0,
     ) -> None:
         self._step = step_of(bits, low, high)
         self._lowest, self._highest = low / self._step, high / self._step - 1
