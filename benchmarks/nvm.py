@@ -33,7 +33,7 @@ from memfit.nvm.figure import draw
 from memfit.nvm.model import LIMIT, CharacterNet
 from memfit.nvm.online import learn_online
 from memfit.nvm.pretrain import pretrain
-from memfit.nvm.report import SchemeResult, result_of
+from memfit.nvm.run_report import SchemeResult, result_of
 from memfit.nvm.schemes import RANK, SCHEMES, Learner, Rates, Scheme
 from memfit.nvm.worlds import WORLDS, ImageStream, World
 from memfit.weights.cell_report import CellReport

@@ -11,7 +11,7 @@ from memfit.cli import console
 from memfit.cli.console import say, show_table
 from memfit.cli.runs import stoppable
 from memfit.nvm.page import joules, lifetime
-from memfit.nvm.report import NvmReport
+from memfit.nvm.run_report import NvmReport
 from memfit.nvm.schemes import PERIOD, SCHEMES, TITLES, Scheme
 from memfit.nvm.simulate import FIGURE, NvmConfig, simulate
 from memfit.nvm.worlds import WORLDS, World

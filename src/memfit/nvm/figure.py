@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from memfit.errors import require
-from memfit.nvm.report import SchemeResult
+from memfit.nvm.run_report import SchemeResult
 from memfit.nvm.schemes import SCHEMES, TITLES, Scheme
 from memfit.nvm.worlds import WORLDS, World
 

@@ -6,7 +6,7 @@ import base64
 import math
 from html import escape
 
-from memfit.nvm.report import NvmReport, SchemeResult
+from memfit.nvm.run_report import NvmReport, SchemeResult
 from memfit.nvm.schemes import TITLES
 from memfit.report_page import page, percent
 

@@ -21,7 +21,7 @@ from memfit.nvm.model import LIMIT
 from memfit.nvm.online import learn_online
 from memfit.nvm.page import render
 from memfit.nvm.pretrain import STEPS, pretrain
-from memfit.nvm.report import NvmReport, SchemeResult, result_of
+from memfit.nvm.run_report import NvmReport, SchemeResult, result_of
 from memfit.nvm.schemes import PERIOD, RATES, SCHEMES, Learner, Rates, Scheme
 from memfit.nvm.streams import Stream, UserStream
 from memfit.nvm.worlds import SHIFT_EVERY, WORLDS, ImageStream, World
