@@ -35,10 +35,11 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python benchmarks/kill_and_resume.py
 	$(BIN)/python benchmarks/gradient_filter_layers.py
 	$(BIN)/python benchmarks/gradient_filter_finetune.py --data $${MEMFIT_DATA:-../shared/data}/cifar10-subset.npz --work $(VENV)/pretrained
+	$(BIN)/python benchmarks/nvm.py --data $${MEMFIT_DATA:-../shared/data}/mnist.npz
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) '.[speech,vision,demo,hf,png,dev]'
+	$(INSTALL) '.[speech,vision,nvm,demo,hf,png,dev]'
 	touch $@
 
 # The peers' packages besides, which nothing but the benchmarks needs.

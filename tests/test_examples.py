@@ -39,6 +39,7 @@ def test_every_example_is_tested() -> None:
         "data_parallel.py",
         "hf_trainer.py",
         "segmentation.py",
+        "accumulate_low_rank.py",
     }
 
 
@@ -49,6 +50,15 @@ def test_plain_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert list(torch.load("model.pt", weights_only=True)) == [
         f"{layer}.{name}" for layer in (0, 2, 4) for name in ("weight", "bias")
     ]
+
+
+def test_accumulate_low_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run("accumulate_low_rank.py", monkeypatch, capsys, "--steps", "4", "--batch", "500")
+    kept, dense = (
+        int(number.replace(",", "")) for number in re.findall(r"([0-9,]+) bytes, in place of ([0-9,]+)", printed)[0]
+    )
+    assert 5 * kept < dense
+    assert accuracy(printed) > 30  # of 16 classes
 
 
 @pytest.mark.parametrize("arguments", [[], pytest.param(["--shard"], marks=pytest.mark.slow)])

@@ -12,6 +12,7 @@ from memfit.errors import (
 )
 from memfit.fit import FitResult, StepRecord, fit
 from memfit.gradients.low_rank import LowRankGradient
+from memfit.gradients.streaming_low_rank import StreamingLowRank
 from memfit.ledger import Ledger, Peak, ProcessPeak, estimate, ledger, process_peak
 from memfit.schedule.allocator import release_freed_memory
 
@@ -28,6 +29,7 @@ __all__ = [
     "Peak",
     "ProcessPeak",
     "StepRecord",
+    "StreamingLowRank",
     "Technique",
     "TrainingError",
     "convert_",

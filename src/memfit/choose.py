@@ -51,12 +51,13 @@ def choose(model: nn.Module, technique: Technique, where: Where) -> tuple[dict[s
             inside += (name + "." if name else "",)
         elif name.startswith(inside) and inside:
             continue
+        kind = technique.converter(type(module))
         if callable(patterns):
-            wanted = explicit = bool(patterns(name, module)) and _has_matrix(module)
+            suits = _has_matrix(module) or (kind is not None and not kind.takes_weights)
+            wanted = explicit = bool(patterns(name, module)) and suits
         else:
             explicit = name in patterns
             wanted = explicit or any(fnmatchcase(name, pattern) for pattern in patterns)
-        kind = technique.converter(type(module))
         parts = {} if kind is None else kind.parts(module)
         for part in parts:
             wholes.setdefault(id(module.get_submodule(part)), name)
@@ -113,7 +114,7 @@ def _unsupported(module: nn.Module, kind: type[ConvertedLayer] | None, technique
             f"(it converts {', '.join(supported)})"
         )
     weights = [module._parameters.get(name) for name in kind.weight_names(module)]
-    if not weights or any(weight is None for weight in weights):
+    if (kind.takes_weights and not weights) or any(weight is None for weight in weights):
         return "keeps its weight elsewhere (a parametrization or weight norm?): remove that first"
     if not all(weight.requires_grad for weight in weights if weight is not None):
         return "is frozen (requires_grad=False): there is no gradient to shrink"

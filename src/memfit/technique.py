@@ -45,6 +45,8 @@ class ConvertedLayer(nn.Module):
     """Base of the classes that take the place of a layer's class while it is converted."""
 
     technique: Technique
+    takes_weights: ClassVar[bool] = True
+    """Whether the conversion is of the layer's weights; if not, layers without any convert as well."""
 
     @classmethod
     @abstractmethod

@@ -116,7 +116,7 @@ def test_adams_moments_of_the_left_factor_move_and_the_right_one_has_none() -> N
         seen["gradient"] = matrix._seen.clone()
 
     original = matrix.after_step
-    matrix.after_step = lambda: (before_the_refresh(), original())  # type: ignore[method-assign, assignment]
+    matrix.after_step = lambda optimizer: (before_the_refresh(), original(optimizer))  # type: ignore[method-assign, assignment]
     train(model, x, y, optimizer, 1)
     change = moved_coordinates(seen["basis"], matrix.right.detach())
     state = optimizer.state[matrix.left]
@@ -191,7 +191,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace_in_the_basis() -> None:
     optimizer.step()
     matrix.steps = 1
     matrix.right.grad = torch.full_like(matrix.right, float("nan"))
-    matrix.after_step()
+    matrix.after_step(optimizer)
     assert torch.isfinite(matrix.right).all()
     assert matrix.right.any()
 

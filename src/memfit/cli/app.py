@@ -16,6 +16,7 @@ from memfit.cli.console import say
 from memfit.cli.demo import demo
 from memfit.cli.filter_scan import filter_scan
 from memfit.cli.finetune import finetune
+from memfit.cli.nvm import nvm
 from memfit.cli.personalize import personalize
 from memfit.cli.profile import profile
 from memfit.cli.transcribe import transcribe
@@ -52,6 +53,7 @@ app.command()(personalize)
 app.command()(transcribe)
 app.command()(finetune)
 app.command()(classify)
+app.command()(nvm)
 app.command()(profile)
 app.command()(filter_scan)
 app.command()(demo)

@@ -20,7 +20,7 @@ from memfit.run.interrupts import InterruptedRun
 from memfit.run.report import TaskReport
 from memfit.run.results import CHECKPOINT
 
-R = TypeVar("R", bound=TaskReport)
+R = TypeVar("R")
 
 
 def stoppable(run: Callable[[], R], out: Path) -> R:

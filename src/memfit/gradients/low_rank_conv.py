@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from memfit.convert import Technique
-from memfit.gradients.convolution import Geometry, frozen_pad, low_rank_conv, low_rank_conv_transpose
+from memfit.gradients.convolution import (
+    Geometry,
+    checked_axes,
+    low_rank_conv,
+    low_rank_conv_transpose,
+    padded_input,
+)
 from memfit.gradients.low_rank_layer import LowRankLayer
 from memfit.gradients.low_rank_matrix import matrix_shape
 
@@ -40,37 +46,15 @@ class _LowRankConvolution(LowRankLayer, _ConvNd):
             f"save nothing: leave it out of where"
         )
 
-    def _check_axes(self, x: Tensor) -> None:
-        axes = len(self.kernel_size)
-        if x.dim() not in (axes + 1, axes + 2):
-            raise RuntimeError(
-                f"Expected {axes + 1}D (unbatched) or {axes + 2}D (batched) input to {self.plain_class.__name__}, "
-                f"but got input of size: {list(x.shape)}"
-            )
-
 
 class _LowRankConv(_LowRankConvolution):
     def forward(self, input: Tensor) -> Tensor:
-        self._check_axes(input)
-        single = input.dim() == len(self.kernel_size) + 1
-        x, padding = self._padded(input.unsqueeze(0) if single else input)
+        single = checked_axes(self, input)
+        x, padding = padded_input(self, input.unsqueeze(0) if single else input)
         matrix = self.matrix("weight")
         by = Geometry(self.stride, padding, self.dilation, groups=self.groups)
         y = low_rank_conv(x, matrix.base, self.bias, matrix.left, matrix.right, by)
         return y.squeeze(0) if single else y
-
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The input with the padding that the operator has none for, and the padding that is left to it."""
-        none = (0,) * len(self.kernel_size)
-        sides = self._reversed_padding_repeated_twice  # before and after, last axis first; of "same" too
-        if not any(sides):
-            return x, none
-        if self.padding_mode != "zeros":
-            return frozen_pad(x, sides, self.padding_mode), none
-        if not isinstance(self.padding, str):
-            return x, self.padding
-        extra = [n for before, after in zip(sides[::2], sides[1::2], strict=True) for n in (0, after - before)]
-        return (frozen_pad(x, extra, "constant") if any(extra) else x), tuple(sides[-2::-2])
 
 
 class LowRankConv1d(_LowRankConv, nn.Conv1d):
@@ -97,7 +81,7 @@ class _LowRankConvTranspose(_LowRankConvolution, _ConvTransposeNd):
     inputs_first = True
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        self._check_axes(input)
+        single = checked_axes(self, input)
         axes = len(self.kernel_size)
         output_padding = self._output_padding(
             input,
@@ -108,7 +92,6 @@ class _LowRankConvTranspose(_LowRankConvolution, _ConvTransposeNd):
             axes,
             self.dilation,  # type: ignore[arg-type]
         )
-        single = input.dim() == axes + 1
         matrix = self.matrix("weight")
         by = Geometry(
             self.stride, cast(tuple[int, ...], self.padding), self.dilation, True, tuple(output_padding), self.groups

@@ -23,9 +23,13 @@ from torch import Tensor, nn
 from memfit.gradients import refresh
 from memfit.gradients.basis import moved_coordinates, power_basis, random_basis
 from memfit.gradients.low_rank_product import low_rank_linear
+from memfit.gradients.matrix_layer import WeightMatrix
+from memfit.gradients.steps import Watcher
 from memfit.sharding import full, is_sharded, replicated
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from memfit.gradients.low_rank import LowRankGradient
 
 
@@ -35,7 +39,7 @@ def matrix_shape(weight: Tensor, transposed: bool = False) -> tuple[int, int]:
     return (columns, rows) if transposed else (rows, columns)
 
 
-class LowRankMatrix(nn.Module):
+class LowRankMatrix(WeightMatrix, Watcher):
     """One frozen weight and the factors that train it.
 
     A weight of more than two dimensions is the matrix of its first one against all others, such as a convolution's
@@ -48,6 +52,7 @@ class LowRankMatrix(nn.Module):
             Factors are float32 where the weight is of half precision, else of its dtype.
     """
 
+    has_moments = True
     base: nn.Parameter
     left: nn.Parameter
     right: nn.Parameter
@@ -107,6 +112,17 @@ class LowRankMatrix(nn.Module):
             base.copy_(self.effective())
         self.left.zero_()
 
+    def watched(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.right, self.left
+
+    def restore_(self) -> nn.Parameter:
+        """The weight's own Parameter, trained, to be an ordinary one again."""
+        self.merge_()
+        refresh.unwatch(self)
+        self.base.grad = None
+        self.base.requires_grad_(True)
+        return self.base
+
     def before_step(self) -> None:
         """Keep the gradient of a power basis V from the optimizer: it tells where V goes at the next refresh.
 
@@ -117,7 +133,7 @@ class LowRankMatrix(nn.Module):
             self.right.grad = None
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Count a step of the optimizer that holds U; when it is time, merge and change the basis.
 
         With a random V nothing known of U's old coordinates holds in the new ones, so that the moments are reset, as if

@@ -1,22 +1,16 @@
-"""When low-rank factors change their basis, and what then becomes of the optimizer's moments.
-
-No call in the user's loop is needed: torch tells of every optimizer's step.
-"""
+"""What becomes of the optimizer's moments when low-rank factors change their basis, and who would not train those."""
 
 from __future__ import annotations
 
-import sys
-import threading
 import warnings
 import weakref
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from memfit.gradients import steps
 from memfit.sharding import replicated
 
 if TYPE_CHECKING:
@@ -27,22 +21,7 @@ _LINEAR = frozenset({"exp_avg", "momentum_buffer"})
 _QUADRATIC = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 _all: weakref.WeakSet[LowRankMatrix] = weakref.WeakSet()
-_refreshing: weakref.WeakSet[LowRankMatrix] = weakref.WeakSet()
-_optimizers = WeakIdKeyDictionary()  # factor -> a weak reference to the optimizer that last moved it
 _looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-_steps = threading.local()  # .running: the steps that this thread is in, outermost first
-
-
-class _Step(NamedTuple):
-    """A call of an optimizer's step.
-
-    Attributes:
-        frame: torch's, from which the optimizer's own code and the hooks are called.
-        own: the factors that this call looks after.
-    """
-
-    frame: FrameType
-    own: list[nn.Parameter]
 
 
 def watch(matrix: LowRankMatrix) -> None:
@@ -53,18 +32,18 @@ def watch(matrix: LowRankMatrix) -> None:
     """
     _all.add(matrix)
     if matrix.refresh is not None:
-        _refreshing.add(matrix)
+        steps.watch(matrix)
 
 
 def unwatch(matrix: LowRankMatrix) -> None:
     """Undo :func:`watch`."""
     _all.discard(matrix)
-    _refreshing.discard(matrix)
+    steps.unwatch(matrix)
 
 
-def _warn_once(optimizer: Optimizer) -> None:
+def _warn_once(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Warn if an optimizer holds a weight from before its conversion and not the factors that train in its place."""
-    if optimizer in _looked_at:
+    if not _all or optimizer in _looked_at:
         return
     _looked_at.add(optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -72,81 +51,11 @@ def _warn_once(optimizer: Optimizer) -> None:
         warnings.warn(
             f"this {type(optimizer).__name__} was made before memfit.convert_ and does not train the converted layers: "
             "make it after the conversion.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """Torch's hook before a step: gradients of bases are put aside, after the closure where there is one."""
-    if _all:
-        _warn_once(optimizer)
-    if not _refreshing:
-        return None
-    # Steps within a step are those of an optimizer that wraps or extends another: the outermost one counts.
-    running = _running_steps()
-    outer = {id(parameter) for step in running for parameter in step.own}
-    factors = {id(factor) for matrix in _refreshing for factor in (matrix.left, matrix.right)}
-    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in factors and id(p) not in outer]
-    running.append(_Step(sys._getframe(1), held))
-    of_right = {id(matrix.right): matrix for matrix in _refreshing}
-    matrices = [of_right[id(parameter)] for parameter in held if id(parameter) in of_right]
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not matrices or not callable(closure):
-        _put_aside(matrices)
-        return None
-
-    def and_put_aside() -> Any:
-        loss = closure()
-        _put_aside(matrices)
-        return loss
-
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": and_put_aside}
-    return (args[0], and_put_aside, *args[2:]), kwargs
-
-
-def _put_aside(matrices: list[LowRankMatrix]) -> None:
-    for matrix in matrices:
-        matrix.before_step()
-
-
-def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Torch's hook after a step: count it for each matrix whose left factor it has moved."""
-    if not _refreshing:
-        return
-    matrices = {id(matrix.left): matrix for matrix in _refreshing}
-    factors = {id(factor) for matrix in _refreshing for factor in (matrix.left, matrix.right)}
-    for parameter in [p for group in optimizer.param_groups for p in group["params"] if id(p) in factors]:
-        # Of one optimizer within another the inner one has the state, and comes first.
-        known = _optimizer_of(parameter)
-        if known is None or parameter in optimizer.state or parameter not in known.state:
-            _optimizers[parameter] = weakref.ref(optimizer)
-    running, frame = _running_steps(), sys._getframe(1)
-    if running and running[-1].frame is frame:
-        # In the optimizer's order, the same in all processes: merging a sharded weight is a conversation of theirs.
-        for factor in running.pop().own:
-            if id(factor) in matrices:
-                matrices[id(factor)].after_step()
-
-
-def _running_steps() -> list[_Step]:
-    """The steps that this thread is inside of; one that has raised is not running any more."""
-    callers: set[int] = set()
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        callers.add(id(frame))
-        frame = frame.f_back
-    _steps.running = [step for step in getattr(_steps, "running", []) if id(step.frame) in callers]
-    return cast("list[_Step]", _steps.running)
-
-
-register_optimizer_step_pre_hook(_before_any_step)
-register_optimizer_step_post_hook(_after_any_step)
-
-
-def _optimizer_of(factor: nn.Parameter) -> Optimizer | None:
-    reference = _optimizers.get(factor)
-    return None if reference is None else reference()
+register_optimizer_step_pre_hook(_warn_once)
 
 
 def move_moments(factor: nn.Parameter, coordinates: Tensor) -> None:
@@ -155,7 +64,7 @@ def move_moments(factor: nn.Parameter, coordinates: Tensor) -> None:
     A mean of gradients moves as they do. A mean of their squares moves by the squares of C, which is right where their
     coordinates are uncorrelated (LDAdam, arXiv 2410.16103). Other state is reset.
     """
-    optimizer = _optimizer_of(factor)
+    optimizer = steps.optimizer_of(factor)
     if optimizer is None:
         return
     state = optimizer.state.get(factor, {})
@@ -176,7 +85,7 @@ def move_moments(factor: nn.Parameter, coordinates: Tensor) -> None:
 
 def reset_moments(factor: nn.Parameter) -> None:
     """Bring a factor's optimizer state to what it was before the first step."""
-    optimizer = _optimizer_of(factor)
+    optimizer = steps.optimizer_of(factor)
     if optimizer is None:
         return
     if isinstance(optimizer, torch.optim.Adagrad):  # the one optimizer of torch that makes its state at once

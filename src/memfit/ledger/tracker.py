@@ -303,8 +303,12 @@ class Tracker:
 
     def _claim_all(self) -> None:
         for name, module in self._model.named_modules():
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            for tensor in module.parameters(recurse=False):
                 self._claim(tensor, WEIGHTS, name)
+            # A sum that stands in a gradient's place is a buffer only so that it is saved.
+            line = GRADIENTS if getattr(module, "holds_gradients", False) else WEIGHTS
+            for tensor in module.buffers(recurse=False):
+                self._claim(tensor, line, name)
         for parameter in self._model.parameters():
             self._claim_gradient(parameter)
         for optimizer in self._optimizers:

@@ -1,0 +1,275 @@
+"""Online learning in non-volatile memory: five schemes in four worlds, as in the method's paper, on MNIST.
+
+A network that was trained offline sees so many images, one at a time, and learns from each after it has predicted it.
+Every scheme first runs a sweep with a seed of its own: one grid of learning rates for the biases (by the scheme that
+learns nothing else; all others then use the best), one grid each for the weights, and for the low-rank schemes the
+samples between writes. What is best is decided by the mean over the four worlds of the moving average of accuracy at
+the sweep's end, and is the same in all worlds and for all seeds. Seeds differ in the offline training, the images, the
+drift and the random signs. A finished run is written at once and not run again.
+
+Goals: low rank with max-norm at least as accurate at the end as SGD in every world and clearly more in the two worlds
+that drift, with at most a thousandth of the writes of SGD's worst cell.
+
+    python benchmarks/nvm.py --data MNIST [--samples 20000] [--jobs 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from memfit import checkpoint
+from memfit.nvm.data import load_images
+from memfit.nvm.figure import draw
+from memfit.nvm.model import LIMIT, CharacterNet
+from memfit.nvm.online import learn_online
+from memfit.nvm.pretrain import pretrain
+from memfit.nvm.run_report import SchemeResult, result_of
+from memfit.nvm.schemes import RANK, SCHEMES, Learner, Rates, Scheme
+from memfit.nvm.worlds import WORLDS, ImageStream, World
+from memfit.weights.cell_report import CellReport
+from memfit.weights.technology import TECHNOLOGIES
+
+RESULTS = Path(__file__).parent / "results" / "nvm.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "nvm.svg"
+SEEDS = range(3)
+SWEEP_SEED = 100
+SWEEP_SAMPLES = 3_000
+BIAS_RATES = (0.001, 0.003, 0.01, 0.03)
+WEIGHT_RATES: dict[Scheme, tuple[float, ...]] = {
+    "sgd": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "low-rank": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "low-rank-max-norm": (0.003, 0.01, 0.03, 0.1),
+}
+PERIODS = (10, 100)
+KINDS = 4  # of shifts: each run sees all of them
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run.
+
+    Attributes:
+        folder: where networks that were trained offline are kept.
+    """
+
+    data: Path
+    folder: Path
+    world: World
+    scheme: Scheme
+    seed: int
+    samples: int
+    lr: float = 0.0
+    bias_lr: float = 0.0
+    period: int = 0
+
+    @property
+    def key(self) -> str:
+        rates = f"{self.lr:g}/{self.bias_lr:g}/{self.period}"
+        return f"{self.world}/{self.scheme}/{rates}/{self.samples}/{self.seed}"
+
+
+def offline(setting: Setting) -> None:
+    """Train the network of a seed, once."""
+    torch.set_num_threads(1)
+    path = setting.folder / f"{setting.seed}.safetensors"
+    if not path.exists():
+        model, _ = pretrain(load_images(setting.data), seed=setting.seed)
+        checkpoint.save(path, model.state_dict())
+
+
+def online(setting: Setting) -> dict[str, Any]:
+    """One device in one world."""
+    torch.set_num_threads(1)
+    images = load_images(setting.data)
+    model = CharacterNet(images.size, images.classes)
+    model.load_state_dict(checkpoint.load(setting.folder / f"{setting.seed}.safetensors"))  # type: ignore[arg-type]
+    rates = Rates(setting.lr, setting.bias_lr)
+    learner = Learner(model, setting.scheme, rates, limit=LIMIT, seed=setting.seed, period=max(1, setting.period))
+    stream = ImageStream(images, setting.world, setting.seed, setting.samples // KINDS // 100 * 100)
+    record = learn_online(learner, stream, world=setting.world, seed=setting.seed, samples=setting.samples)
+    result = result_of(
+        learner, record, world=setting.world, seed=setting.seed, rates=rates, technology=TECHNOLOGIES["rram"]
+    )
+    return {**result.to_dict(samples_per_second=1.0), "period": setting.period}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="MNIST: an .npz file or a folder of IDX files")
+    parser.add_argument("--samples", type=int, default=20_000, help="of each run (default 20,000)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default 2)")
+    parser.add_argument("--work", type=Path, default=Path("build/nvm"), help="folder of the trained networks")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    runs: dict[str, dict[str, Any]] = found.get("runs", {})
+    sweep: dict[str, float] = found.get("sweep", {})
+
+    def make(world: World, scheme: Scheme, seed: int, samples: int, *rates: float) -> Setting:
+        return Setting(options.data, options.work, world, scheme, seed, samples, *rates)  # type: ignore[arg-type]
+
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+
+        def all_of(work: Callable[[Setting], Any], settings: Iterable[Setting], keep: Callable[[Setting, Any], None]):
+            pending = {pool.submit(work, setting): setting for setting in settings}
+            for run in as_completed(pending):
+                keep(pending[run], run.result())
+
+        def swept(candidates: list[tuple[Scheme, tuple[float, float, int]]]) -> dict[Scheme, tuple[float, float, int]]:
+            """The best candidate of each scheme."""
+            settings = [
+                make(world, scheme, SWEEP_SEED, SWEEP_SAMPLES, *rates)
+                for scheme, rates in candidates
+                for world in WORLDS
+            ]
+
+            def keep(setting: Setting, result: dict[str, Any]) -> None:
+                sweep[setting.key] = result["final_accuracy"]
+                write(runs, sweep, options.samples)
+
+            all_of(online, (setting for setting in settings if setting.key not in sweep), keep)
+            means: dict[Scheme, dict[tuple[float, float, int], float]] = {}
+            for scheme, rates in candidates:
+                keys = [make(world, scheme, SWEEP_SEED, SWEEP_SAMPLES, *rates).key for world in WORLDS]
+                means.setdefault(scheme, {})[rates] = fmean(sweep[key] for key in keys)
+            return {scheme: max(of, key=of.__getitem__) for scheme, of in means.items()}
+
+        all_of(
+            offline,
+            [make("control", "inference", seed, 0) for seed in (SWEEP_SEED, *SEEDS)],
+            lambda setting, nothing: None,
+        )
+        best = swept([("bias", (0.0, rate, 0)) for rate in BIAS_RATES])
+        bias_rate = best["bias"][1]
+        best |= swept(
+            [
+                (scheme, (rate, bias_rate, period))
+                for scheme, rates in WEIGHT_RATES.items()
+                for rate in rates
+                for period in (PERIODS if scheme.startswith("low-rank") else (0,))
+            ]
+        )
+        best["inference"] = (0.0, 0.0, 0)
+        show_sweep(sweep)
+
+        def keep(setting: Setting, result: dict[str, Any]) -> None:
+            runs[setting.key] = result
+            write(runs, sweep, options.samples)
+            print(f"{setting.key}: {result['final_accuracy']:.1%} at the end, {result['seconds']:.0f} s", flush=True)
+
+        settings = [
+            make(world, scheme, seed, options.samples, *best[scheme])
+            for seed in SEEDS
+            for world in WORLDS
+            for scheme in SCHEMES
+        ]
+        all_of(online, (setting for setting in settings if setting.key not in runs), keep)
+    chosen = {setting.key: runs[setting.key] for setting in settings}
+    write(chosen, sweep, options.samples, {scheme: best[scheme] for scheme in SCHEMES})
+    show(list(chosen.values()))
+    PICTURE.parent.mkdir(exist_ok=True)
+    PICTURE.write_text(draw([as_result(run) for run in chosen.values()]))
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each world and scheme the means over the seeds, and writes as shares of SGD's."""
+    found: dict[str, Any] = {}
+    for world in WORLDS:
+        of = {scheme: [run for run in runs if (run["world"], run["scheme"]) == (world, scheme)] for scheme in SCHEMES}
+        found[world] = {
+            scheme: {
+                "final_accuracy": fmean(run["final_accuracy"] for run in some),
+                "final_accuracy_by_seed": [run["final_accuracy"] for run in some],
+                "accuracy": fmean(run["accuracy"] for run in some),
+                "worst_cell_writes": fmean(run["worst_cell_writes"] for run in some),
+                "writes_per_cell": fmean(run["writes"] / run["cells"] for run in some),
+                "seconds_per_100000_samples": fmean(run["seconds"] / run["samples"] for run in some) * 1e5,
+            }
+            for scheme, some in of.items()
+        }
+        for row in found[world].values():
+            row["worst_cell_of_sgd"] = row["worst_cell_writes"] / found[world]["sgd"]["worst_cell_writes"]
+            row["writes_of_sgd"] = row["writes_per_cell"] / found[world]["sgd"]["writes_per_cell"]
+    return found
+
+
+def write(
+    runs: dict[str, dict[str, Any]], sweep: dict[str, float], samples: int, best: dict[Scheme, Any] | None = None
+) -> None:
+    about = {
+        "samples": samples,
+        "seeds": len(SEEDS),
+        "rank": RANK,
+        "shift_every": samples // KINDS // 100 * 100,
+        "sweep": {"seed": SWEEP_SEED, "samples": SWEEP_SAMPLES},
+        "torch": torch.__version__,
+    }
+    settings = best and {scheme: dict(zip(("lr", "bias_lr", "period"), of, strict=True)) for scheme, of in best.items()}
+    content = {
+        "about": about,
+        "settings": settings,
+        "summary": summary(list(runs.values())) if best else None,
+        "sweep": dict(sorted(sweep.items())),
+        "runs": dict(sorted(runs.items())),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def show_sweep(sweep: dict[str, float]) -> None:
+    rows: dict[str, dict[str, float]] = {}
+    for key, accuracy in sweep.items():
+        world, rest = key.split("/", 1)
+        rows.setdefault(rest, {})[world] = accuracy
+    print(f"{'scheme/lr/bias lr/period/samples/seed':44}" + "".join(f"{world:>9}" for world in (*WORLDS, "mean")))
+    for rest, of in sorted(rows.items()):
+        print(f"{rest:44}" + "".join(f"{of[world]:>9.1%}" for world in WORLDS) + f"{fmean(of.values()):>9.1%}")
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    for world, rows in summary(runs).items():
+        print(f"\n{world:18}{'at the end':>12}{'over all':>10}{'worst cell':>12}{'of SGD':>9}{'100,000 in':>12}")
+        for scheme, row in rows.items():
+            print(
+                f"{scheme:18}{row['final_accuracy']:>12.1%}{row['accuracy']:>10.1%}{row['worst_cell_writes']:>12,.0f}"
+                f"{row['worst_cell_of_sgd']:>9.4f}{row['seconds_per_100000_samples']:>10.0f} s"
+            )
+
+
+def as_result(run: dict[str, Any]) -> SchemeResult:
+    """A run as the figure takes it."""
+    cells = CellReport(
+        cells=run["cells"],
+        writes=run["writes"],
+        worst_cell=run["worst_cell_writes"],
+        histogram=tuple((least, count) for least, count in run["writes_per_cell_histogram"]),
+        bits_written=0,
+        bits_read=0,
+        technology=TECHNOLOGIES["rram"],
+    )
+    return SchemeResult(
+        world=run["world"],
+        scheme=run["scheme"],
+        seed=run["seed"],
+        rates=Rates(run["lr"], run["bias_lr"]),
+        samples=run["samples"],
+        accuracy=run["accuracy"],
+        final_accuracy=run["final_accuracy"],
+        curve=tuple((samples, accuracy, worst) for samples, accuracy, worst in run["curve"]),
+        cells=cells,
+        seconds=run["seconds"],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""A weight that is written rarely: its gradient adds up in a sum of low rank, and is applied once in a period.
+
+With the sum G of n samples' gradients, n a multiple of the period B, and a learning rate eta, the weight becomes
+
+    W <- Q(W - eta sqrt(n / B) G / n),
+
+or, with max-norm, with G / n divided by its largest element. Q is what the weight's cells hold. When fewer cells would
+change than is worth a write, nothing is written, G goes on adding up for another period, and the root makes up for the
+larger batch, as is usual for batches.
+
+Source: Gural, Nadeau, Tikekar, Murmann, "Low-Rank Training of Deep Neural Networks for Emerging Memory Technology",
+arXiv 2009.03887.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from memfit.errors import ConversionError
+from memfit.gradients import steps
+from memfit.gradients.kronecker_sum import KroneckerSum
+from memfit.gradients.matrix_layer import WeightMatrix
+from memfit.gradients.max_norm import max_norm
+from memfit.gradients.steps import Watcher
+from memfit.weights.cell_array import CellArray
+from memfit.weights.in_cells import range_of
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from memfit.gradients.streaming_low_rank import StreamingLowRank
+
+
+class StreamingMatrix(WeightMatrix, Watcher):
+    """One weight, and the running sum of its gradients.
+
+    The weight's Parameter has no gradient, ever, and so no optimizer moves it or keeps anything for it; the step of the
+    optimizer that holds it is what counts the samples, and its learning rate is the weight's.
+
+    Attributes:
+        terms: the sum.
+        cells: what holds the weight, with the Parameter as its ``values``; None when it is not quantized.
+        samples: steps of the optimizer since the last write.
+    """
+
+    terms: KroneckerSum
+    cells: CellArray | None
+
+    def __init__(self, weight: nn.Parameter, technique: StreamingLowRank, name: str) -> None:
+        super().__init__()
+        self.period = technique.period
+        self.max_norm = technique.max_norm
+        self.min_write_density = technique.min_write_density
+        self.name = name
+        self.samples = 0
+        self.attempts = 0  # writes, and those that were put off
+        self.average = 0.0  # of the gradients' largest elements
+        rows = weight.shape[0]
+        self.terms = KroneckerSum(
+            rows,
+            weight.numel() // rows,
+            technique.rank,
+            unbiased=technique.unbiased,
+            bits=technique.factor_bits,
+            block=technique.block,
+            seed=zlib.crc32(f"{technique.seed}/{name}".encode()),
+            dtype=torch.promote_types(weight.dtype, torch.float32),
+            device=weight.device,
+        )
+        if technique.weight_bits is None:
+            self.register_module("cells", None)
+            self.weight = weight
+        else:
+            reach = technique.weight_range or range_of(weight)
+            self.cells = CellArray(weight, technique.weight_bits, -reach, reach)
+        steps.watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or from a file
+        super().__setstate__(state)
+        steps.watch(self)
+
+    def effective(self) -> nn.Parameter:
+        """The weight's own Parameter."""
+        # Not by attribute, which is slow in a module; this is asked for many times in a step.
+        cells = self._modules["cells"]
+        held = self._parameters["weight"] if cells is None else cells._parameters["values"]
+        assert held is not None
+        return held
+
+    def restore_(self) -> nn.Parameter:
+        steps.unwatch(self)
+        weight = self.effective()
+        weight.grad = None
+        return weight
+
+    def note(self, added: bool) -> None:
+        """Tell the user that a sample was left out, when it was."""
+        if not added:
+            warnings.warn(
+                f"a gradient of {self.name} is not finite and was left out of its sum.", RuntimeWarning, stacklevel=2
+            )
+
+    def watched(self) -> tuple[None, nn.Parameter]:
+        return None, self.effective()
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _refuse_several_processes(torch.distributed.get_world_size())
+        self.samples += 1
+        if self.samples % self.period == 0 and self._write(_learning_rate(self.effective(), optimizer)):
+            self.terms.reset()
+            self.samples = 0
+
+    def _write(self, lr: float) -> bool:
+        """Apply the sum, if enough cells change by it; whether it was."""
+        self.attempts += 1
+        size = lr * math.sqrt(self.samples / self.period) / self.samples
+        if self.max_norm:
+            largest = max(float(self.terms.matrix(*rows).abs().max()) for rows in self._blocks())
+            divisor, self.average = max_norm(largest / self.samples, self.average, self.attempts)
+            size /= divisor
+        if self.cells is None:
+            left, right = self.terms.factors()
+            if self.weight.is_contiguous() and self.weight.dtype == left.dtype:
+                self.weight.view(self.terms.shape).addmm_(left, right.t(), alpha=-size)  # no copy of the weight
+            else:
+                for rows in self._blocks():
+                    self.weight[slice(*rows)].copy_(self._wanted(size, *rows))
+            return True
+        changing = sum(self.cells.would_change(self._wanted(size, *rows), rows[0]) for rows in self._blocks())
+        if changing < max(1, self.min_write_density * self.cells.values.numel()):
+            return False
+        for rows in self._blocks():
+            self.cells.write_(self._wanted(size, *rows), rows[0])
+        return True
+
+    def _wanted(self, size: float, start: int, stop: int) -> Tensor:
+        """Rows of the weight as it would be without quantization."""
+        now = self.effective()[start:stop]
+        return now - self.terms.matrix(start, stop).view(now.shape).mul_(size)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Runs of rows, each no larger than the workspace of an addition."""
+        rows, columns = self.terms.shape
+        several = max(1, (self.terms.rank + self.terms.block) * (rows + columns) // columns)
+        return [(start, min(start + several, rows)) for start in range(0, rows, several)]
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.samples, self.attempts, self.average], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        samples, attempts, self.average = state.tolist()
+        self.samples, self.attempts = int(samples), int(attempts)
+
+
+def _learning_rate(weight: nn.Parameter, optimizer: Optimizer) -> float:
+    """That of the weight's group, negative where the optimizer maximizes."""
+    group = next(group for group in optimizer.param_groups if any(each is weight for each in group["params"]))
+    return -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+
+
+def _refuse_several_processes(count: int) -> None:
+    if count > 1:
+        raise ConversionError(
+            f"StreamingLowRank learns from the samples of one process, and {count} train together here: their weights "
+            "would drift apart; use LowRankGradient, or one process."
+        )

@@ -1,0 +1,181 @@
+"""How the device learns: the five schemes of the method's paper, each as a learner with one step per sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memfit.convert import convert_
+from memfit.errors import MemfitError
+from memfit.gradients.streaming_low_rank import StreamingLowRank
+from memfit.nvm.model import weight_layers
+from memfit.weights.cell_array import CellArray
+from memfit.weights.in_cells import CellSGD, put_in_cells_
+from memfit.weights.quantized_sgd import BIASES, QuantizedSGD
+
+Scheme = Literal["inference", "bias", "sgd", "low-rank", "low-rank-max-norm"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+TITLES: Mapping[Scheme, str] = {
+    "inference": "inference only",
+    "bias": "biases only",
+    "sgd": "SGD",
+    "low-rank": "low rank",
+    "low-rank-max-norm": "low rank, max-norm",
+}
+
+RANK = 4  # of the low-rank schemes, as in the paper
+PERIOD = 10
+"""Samples between writes of the low-rank schemes: what is best in worlds that drift as fast as the paper's."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates.
+
+    Attributes:
+        weights: of the weights in cells.
+        biases: of all other parameters, which are written at every sample in every scheme that learns.
+
+    Raises:
+        MemfitError: one is not a number of at least 0.
+    """
+
+    weights: float
+    biases: float
+
+    def __post_init__(self) -> None:
+        for what, value in (("weights", self.weights), ("biases", self.biases)):
+            if not 0 <= value < math.inf:
+                raise MemfitError(f"the learning rate of the {what} must be a number from 0, not {value}.")
+
+
+RATES: Mapping[Scheme, Rates] = {
+    "inference": Rates(0.0, 0.0),
+    "bias": Rates(0.0, 0.01),
+    "sgd": Rates(0.03, 0.01),
+    "low-rank": Rates(0.03, 0.01),
+    "low-rank-max-norm": Rates(0.01, 0.01),
+}
+"""Each scheme's own, the best of one grid for all over the four worlds: see ``benchmarks/nvm.py``."""
+
+
+class Learner:
+    """A model on the device, and how it learns from one sample.
+
+    Weights of ``nn.Conv2d`` and ``nn.Linear`` are put into cells; all other parameters are held in 16 bits.
+
+    Args:
+        model: converted in place, and put into eval mode: statistics of one sample would mean nothing.
+        scheme: how to learn.
+        rates: how fast.
+        limit: of the cells; None for each layer's own. See :func:`memfit.weights.in_cells.put_in_cells_`.
+        seed: of the random numbers that the scheme draws.
+        period: samples between the writes of the low-rank schemes.
+
+    Attributes:
+        arrays: the cells.
+
+    Raises:
+        MemfitError: the model has no layer whose weight could be in cells, or biases that 16 bits don't hold.
+    """
+
+    def __init__(
+        self, model: nn.Module, scheme: Scheme, rates: Rates, *, limit: float | None, seed: int, period: int = PERIOD
+    ) -> None:
+        self.model, self.scheme = model.eval(), scheme
+        layers = [layer for _, layer in weight_layers(model)]
+        if not layers:
+            raise MemfitError("the model has no nn.Conv2d and no nn.Linear, whose weights would be in the memory.")
+        weights = {layer.weight for layer in layers}
+        others = [each for each in model.parameters() if each not in weights and each.requires_grad]
+        _check_range(model, weights)
+        self._optimizers: list[Optimizer] = []
+        groups: list[dict[str, Any]] = [{"params": others, "lr": rates.biases}] if others else []
+        if scheme in ("low-rank", "low-rank-max-norm"):
+            technique = StreamingLowRank(
+                rank=RANK,
+                period=period,
+                max_norm=scheme == "low-rank-max-norm",
+                weight_range=limit,
+                bias_bits=None,
+                seed=seed,
+            )
+            for layer in layers:
+                rank = min(RANK, *layer.weight.flatten(1).shape)
+                convert_(model, replace(technique, rank=rank), where=partial(_is, layer))
+            # They have no gradients of their own: the optimizer's steps tell the layers when to write, and how much.
+            groups.append({"params": [layer.weight for layer in layers], "lr": rates.weights})
+        else:
+            put_in_cells_(layers, limit=limit)
+        if scheme == "sgd":
+            self._optimizers.append(CellSGD(layers, rates.weights))
+        elif scheme in ("inference", "bias"):
+            for weight in weights:
+                weight.requires_grad_(False)
+        if scheme != "inference" and groups:
+            self._optimizers.append(QuantizedSGD(groups, rates.biases, *BIASES))
+        self.arrays = [module for module in model.modules() if isinstance(module, CellArray)]
+
+    def learn(self, sample: Tensor, label: Tensor) -> bool:
+        """Predict, then learn.
+
+        Args:
+            sample: one, with a batch axis of 1.
+            label: its class, (1,), int64.
+
+        Returns:
+            Whether the prediction was right.
+
+        Raises:
+            TrainingError: a weight would become no number.
+        """
+        if not self._optimizers:
+            with torch.no_grad():
+                return int(self.model(sample).argmax()) == int(label)
+        logits = self.model(sample)
+        F.cross_entropy(logits, label).backward()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return int(logits.argmax()) == int(label)
+
+    def count_reads_(self, samples: int) -> None:
+        """Note what so many samples have read: each cell once forward, and where there is learning, once backward."""
+        for array in self.arrays:
+            array.count_read_(samples * (2 if self._optimizers else 1))
+
+    def state(self) -> dict[str, Any]:
+        """All that later steps depend on, as a tree for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def _is(layer: nn.Module, name: str, module: nn.Module) -> bool:
+    return module is layer
+
+
+def _check_range(model: nn.Module, weights: set[Tensor]) -> None:
+    _, low, high = BIASES
+    for name, parameter in model.named_parameters():
+        largest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
+        if parameter not in weights and not largest < high:
+            raise MemfitError(
+                f"the parameter {name!r} has values of up to {largest:g}, and the device holds [{low:g}, {high:g}) in "
+                "16 bits: scale the model, or freeze what does not learn into a buffer."
+            )

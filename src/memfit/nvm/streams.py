@@ -1,0 +1,59 @@
+"""A stream of the user's own, in the chunks in which the simulation takes samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from memfit.errors import DataError
+from memfit.nvm.worlds import CHUNK
+
+Sample = tuple[Tensor, "int | Tensor"]
+
+
+class Stream(Protocol):
+    """Samples in the order in which the device meets them."""
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        """Samples ``number * CHUNK`` on: inputs (CHUNK, ...), labels (CHUNK,) int64; at the end it may be fewer."""
+
+
+class UserStream:
+    """What a function of the user's gives, sample by sample.
+
+    Args:
+        make: returns an iterable of (input without batch axis, label); at every call the same samples in the same
+            order, so that a run can be resumed.
+        name: what to call it in messages.
+    """
+
+    def __init__(self, make: Callable[[], Iterable[Sample]], name: str) -> None:
+        self._make, self._name = make, name
+        self._iterator: Iterator[Sample] | None = None
+        self._next = 0
+
+    def chunk(self, number: int) -> tuple[Tensor, Tensor]:
+        """As :class:`Stream` says.
+
+        Raises:
+            DataError: a sample is no (tensor, label), or of another shape than its neighbours.
+        """
+        if self._iterator is None or number != self._next:
+            made = self._make()
+            if not isinstance(made, Iterable):
+                raise DataError(f"{self._name} must return an iterable of (input, label), not {type(made).__name__}.")
+            self._iterator = itertools.islice(made, number * CHUNK, None)
+        self._next = number + 1
+        samples = list(itertools.islice(self._iterator, CHUNK))
+        for sample in samples:
+            if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], Tensor)):
+                raise DataError(f"{self._name} must give pairs of a tensor and a label, not {type(sample).__name__}.")
+        try:
+            inputs = torch.stack([sample[0] for sample in samples]) if samples else torch.empty(0)
+            return inputs, torch.tensor([int(sample[1]) for sample in samples], dtype=torch.int64)
+        except (RuntimeError, ValueError, TypeError) as problem:
+            raise DataError(f"{self._name}: its samples can't be put together: {problem}.") from problem

@@ -1,0 +1,224 @@
+import json
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from memfit.errors import CheckpointError, MemfitError, MissingExtraError
+from memfit.nvm import simulate as module
+from memfit.nvm.page import joules, lifetime
+from memfit.nvm.schemes import SCHEMES
+from memfit.nvm.simulate import NvmConfig, simulate
+from memfit.nvm.worlds import WORLDS
+from memfit.speech.personalize import InterruptedRun  # the same class for all tasks
+
+pytest.importorskip("matplotlib", reason="the figure is drawn with matplotlib")
+
+
+def config(data: Path | None, **more: object) -> NvmConfig:
+    settings = {"data": data, "samples": 120, "pretraining_steps": 5, "shift_every": 100, **more}
+    return NvmConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_all_worlds_and_schemes_are_reported_on_in_every_form(data, tmp_path):
+    report = simulate(config(data), tmp_path)
+    assert [(each.world, each.scheme) for each in report.results] == [(w, s) for w in WORLDS for s in SCHEMES]
+    values = json.loads((tmp_path / "report.json").read_text())
+    assert values == json.loads(report.to_json())
+    for result in values["results"]:
+        assert 0 <= result["accuracy"] <= 1
+        assert [point[0] for point in result["curve"]] == [100, 120]
+        assert sum(cells for _, cells in result["writes_per_cell_histogram"]) == result["cells"]
+        assert (result["lifetime_years"] is None) == (result["worst_cell_writes"] == 0)
+    by_scheme = {result["scheme"]: result for result in values["results"] if result["world"] == "analog"}
+    assert by_scheme["inference"]["writes"] == by_scheme["bias"]["writes"] == 0
+    assert by_scheme["sgd"]["write_joules"] == pytest.approx(by_scheme["sgd"]["writes"] * 8 * 10.9e-12)
+    assert by_scheme["low-rank"]["read_joules"] == pytest.approx(120 * 2 * by_scheme["sgd"]["cells"] * 8 * 1.76e-12)
+
+    ElementTree.parse(tmp_path / "figure.svg")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('data-label="scheme"') == 20
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_resumed_simulation_ends_with_the_same_report(data, tmp_path, monkeypatch):
+    chosen = {"worlds": ("digital",), "schemes": ("sgd", "low-rank-max-norm"), "samples": 300}
+    whole = simulate(config(data, **chosen), tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(learner: object, stream: object, **options: object) -> None:
+        if "max-norm" in str(options["checkpoint"]):
+            raise Stopped
+        return learn_online(learner, stream, **options)  # type: ignore[arg-type, return-value]
+
+    learn_online = module.learn_online
+    monkeypatch.setattr(module, "learn_online", stop)
+    with pytest.raises(Stopped):
+        simulate(config(data, **chosen), tmp_path / "cut")
+    monkeypatch.undo()
+    with pytest.raises(MemfitError, match="--resume"):
+        simulate(config(data, **chosen), tmp_path / "cut")
+    resumed = simulate(config(data, **chosen), tmp_path / "cut", resume=True)
+    for one, other in zip(whole.results, resumed.results, strict=True):
+        assert one.curve == other.curve
+        assert one.cells == other.cells
+    with pytest.raises(CheckpointError, match="period was 10 and is 20"):
+        simulate(config(data, **chosen, period=20), tmp_path / "cut", resume=True)
+
+
+@pytest.mark.slow
+def test_a_simulation_that_is_killed_goes_on_to_the_same_bits(data, tmp_path):
+    def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", "from memfit.cli.app import main; main()", "nvm", "--data", str(data)]
+        command += ["--world", "analog", "--scheme", "low-rank-max-norm", "--samples", "9000", "--out", str(out)]
+        return subprocess.Popen([*command, *more], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    for name in ("online/analog-low-rank-max-norm.safetensors", "checkpoint.safetensors"):
+        process, file = start(tmp_path / "cut", "--resume"), tmp_path / "cut" / name
+        while not file.exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.kill()
+        process.wait()
+    assert start(tmp_path / "cut", "--resume").wait() == 0
+    whole, cut = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "cut"))
+    for one, other in zip(whole["results"], cut["results"], strict=True):
+        del one["seconds"], other["seconds"]
+        assert one == other
+
+
+def test_a_signal_is_obeyed_after_the_chunk_and_told(data, tmp_path, monkeypatch):
+    def told(done: int, words: str) -> None:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module.Meter, "show", lambda self, done, words: told(done, words))
+    with pytest.raises(InterruptedRun):
+        simulate(config(data, worlds=("control",), schemes=("bias",), samples=500), tmp_path)
+    assert (tmp_path / "online/control-bias.safetensors").exists() or (tmp_path / "checkpoint.safetensors").exists()
+    monkeypatch.undo()
+    report = simulate(config(data, worlds=("control",), schemes=("bias",), samples=500), tmp_path, resume=True)
+    assert report.results[0].samples == 500
+
+
+def own_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def own_stream() -> list[tuple[torch.Tensor, int]]:
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 4, generator=random)
+    return [(each, int(each[0] > 0)) for each in inputs]
+
+
+HERE = str(Path(__file__))
+
+
+def test_a_model_and_a_stream_of_ones_own_go_the_same_way(tmp_path):
+    chosen = NvmConfig(
+        model=f"{HERE}:own_model", stream=f"{HERE}:own_stream", samples=400, worlds=("control", "digital")
+    )
+    report = simulate(chosen, tmp_path)
+    assert len(report.results) == 10
+    learned = {each.scheme: each.accuracy for each in report.results if each.world == "control"}
+    assert learned["sgd"] > learned["inference"]
+    assert "own_stream" in report.data
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def no_module() -> int:
+    return 3
+
+
+def three_inputs() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
+def one_class() -> nn.Module:
+    return nn.Linear(4, 1)
+
+
+def no_logits() -> nn.Module:
+    return nn.Flatten(0)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("no_module", "must return a torch.nn.Module"),
+        ("three_inputs", r"can't take a sample of shape \(1, 4\)"),
+        ("one_class", "has 1 classes"),
+        ("no_logits", "to logits"),
+        ("missing", "no function 'missing'"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_the_run(tmp_path, model, words):
+    chosen = NvmConfig(model=f"{HERE}:{model}", stream=f"{HERE}:own_stream", samples=100, worlds=("control",))
+    with pytest.raises(MemfitError, match=words):
+        simulate(chosen, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"worlds": ("mars",)}, "control, shift, analog, digital"),
+        ({"worlds": ()}, "not none"),
+        ({"schemes": ("adam",)}, "low-rank-max-norm, not adam"),
+        ({"samples": 0}, "number of samples"),
+        ({"period": 0}, "period"),
+        ({"seed": -1}, "seed"),
+        ({"lr": -1.0}, "learning rate"),
+        ({"samples_per_second": 0.0}, "positive"),
+        ({"memory": "stone"}, "choose from rram"),
+        ({"shift_every": 150}, "every 100"),
+        ({"stream": "a:b"}, "give one of them"),
+    ],
+)
+def test_settings_out_of_range_are_refused_in_one_sentence(data, change, words):
+    with pytest.raises(MemfitError, match=words):
+        config(data, **change)
+
+
+def test_a_stream_of_ones_own_needs_a_model_and_has_no_shift():
+    with pytest.raises(MemfitError, match="model of one's own"):
+        config(None, stream="a:b")
+    with pytest.raises(MemfitError, match="leave it out"):
+        config(None, stream="a:b", model="a:c")
+
+
+def test_without_matplotlib_the_extra_is_named_before_anything_runs(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"memfit\[nvm\]"):
+        simulate(config(data), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_energy_and_lifetime_in_units_that_one_reads():
+    assert [joules(each) for each in (None, 0.0, 1.5, 0.0123, 4.56e-5, 3e-11)] == [
+        "not known",
+        "0 J",
+        "1.5 J",
+        "12.3 mJ",
+        "45.6 µJ",
+        "30 pJ",
+    ]
+    assert [lifetime(each) for each in (float("inf"), 12.3, 0.5, 1 / 8766, 1e-9, 3e7)] == [
+        "no writes",
+        "12.3 years",
+        "183 days",
+        "1 hours",
+        "below a minute",
+        "3.0e+07 years",
+    ]
