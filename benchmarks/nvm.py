@@ -43,12 +43,12 @@ RESULTS = Path(__file__).parent / "results" / "nvm.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "nvm.svg"
 SEEDS = range(3)
 SWEEP_SEED = 100
-SWEEP_SAMPLES = 3_000
+SWEEP_SAMPLES = 2_000
 BIAS_RATES = (0.001, 0.003, 0.01, 0.03)
 WEIGHT_RATES: dict[Scheme, tuple[float, ...]] = {
     "sgd": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "low-rank": (0.03, 0.1, 0.3, 1.0, 3.0),
-    "low-rank-max-norm": (0.003, 0.01, 0.03, 0.1),
+    "low-rank": (0.1, 0.3, 1.0, 3.0, 10.0),
+    "low-rank-max-norm": (0.001, 0.003, 0.01, 0.03, 0.1),
 }
 PERIODS = (10, 100)
 KINDS = 4  # of shifts: each run sees all of them

@@ -164,9 +164,8 @@ def test_an_input_of_another_dtype_is_refused_as_by_torch(net: Net) -> None:
 def test_a_second_derivative_is_refused(net: Net) -> None:
     memfit.convert_(net, memfit.StreamingLowRank(rank=2))
     x = torch.rand(1, 1, 9, 9, requires_grad=True)
-    (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="has no second derivatives"):
+        torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
 
 
 def test_weights_are_written_once_in_a_period_and_biases_at_every_sample(net: Net) -> None:

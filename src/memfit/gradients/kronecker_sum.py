@@ -101,8 +101,9 @@ class KroneckerSum(nn.Module):
         unbiased: mix the smallest singular values at random, or drop them.
         bits: 16 keeps the factors as 16-bit integers, each with a range of its own up to its largest element, rounded
             to nearest; None keeps them in ``dtype``.
-        block: the most columns that are added at once; an addition takes (rank + block) (rows + columns) numbers of
-            ``dtype`` in temporaries, a few times, and twice that of numbers in float64 for a matrix with a short side.
+        block: the most columns that are added at once; with q = rank + block, an addition takes at most
+            4 q (rows + columns) + 10 q^2 numbers of float32 in temporaries, and about 3 q (rows + columns) for large
+            matrices.
         seed: of the signs.
         dtype: float32 or float64: of the factors, and of the computation.
         device: of the factors.
@@ -188,11 +189,11 @@ class KroneckerSum(nn.Module):
             raise ValueError(f"{left.shape[1]} columns on the left and {right.shape[1]} on the right do not pair.")
         return self.add_rows(left.t(), right.t())
 
-    @torch.no_grad()
     def add_rows(self, left: Tensor, right: Tensor) -> bool:
         """Add ``left^T right``, for (b, rows) and (b, columns), as layers have them; see :meth:`add`."""
-        if torch.is_autocast_enabled(left.device.type):  # it would round products to half precision
-            with torch.autocast(left.device.type, enabled=False):
+        device = left.device.type
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):  # which would round products
+            with torch.no_grad(), torch.autocast(device, enabled=False):
                 return self.add_rows(left, right)
         left, right = left.to(self.dtype), right.to(self.dtype)
         if self.takes_matrix and self.rank + len(left) >= min(self.shape):
@@ -202,11 +203,11 @@ class KroneckerSum(nn.Module):
         blocks = zip(left.split(self.block), right.split(self.block), strict=True)
         return min([self._add_block(*block) for block in blocks])
 
-    @torch.no_grad()
     def add_matrix(self, matrix: Tensor) -> bool:
         """Add a whole matrix (rows, columns), for those who have one anyway; see :meth:`add`."""
-        if torch.is_autocast_enabled(matrix.device.type):
-            with torch.autocast(matrix.device.type, enabled=False):
+        device = matrix.device.type
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+            with torch.no_grad(), torch.autocast(device, enabled=False):
                 return self.add_matrix(matrix)
         left, right = self._rows()
         total = torch.addmm(matrix.to(self.dtype), left.t(), right)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memfit.gradients.convolution import Geometry
 from memfit.gradients.kronecker_sum import KroneckerSum
@@ -115,7 +114,7 @@ def streaming(
         The output, of autocast's dtype where that is on. It can be differentiated once.
 
     Raises:
-        RuntimeError: input and weight are of two dtypes.
+        RuntimeError: input and weight are of two dtypes; in backward, when a graph is asked for.
     """
     device = x.device.type
     if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
@@ -145,8 +144,9 @@ class _Streaming(torch.autograd.Function):
         return operator.output(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a layer of StreamingLowRank has no second derivatives (create_graph=True).")
         if torch.is_autocast_enabled(d.device.type):  # of a backward pass inside of it
             with torch.autocast(d.device.type, enabled=False):
                 return _Streaming._gradients(ctx, d)
