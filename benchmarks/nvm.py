@@ -267,6 +267,7 @@ def as_result(run: dict[str, Any]) -> SchemeResult:
         final_accuracy=run["final_accuracy"],
         curve=tuple((samples, accuracy, worst) for samples, accuracy, worst in run["curve"]),
         cells=cells,
+        worst_cell_by_pixel=run["worst_cell_writes_by_pixel"],
         seconds=run["seconds"],
     )
 

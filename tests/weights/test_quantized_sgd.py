@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from memfit.gradients.max_norm import max_norm
 from memfit.weights.quantize import quantize
 from memfit.weights.quantized_sgd import QuantizedSGD
 
@@ -35,3 +36,20 @@ def test_what_is_below_half_a_level_is_lost_and_the_ends_hold():
 def test_levels_that_no_shifter_makes_are_refused():
     with pytest.raises(ValueError, match="power of two"):
         QuantizedSGD([nn.Parameter(torch.zeros(1))], lr=0.1, bits=8, low=-3, high=3)
+
+
+def test_gradients_are_divided_by_their_largest_element_or_its_average():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.zeros(shape)) for shape in (3, 5)]
+    optimizer = QuantizedSGD(weights, lr=0.125, normalize=True)
+    expected, averages = [torch.zeros(3), torch.zeros(5)], [0.0, 0.0]
+    for number in range(1, 20):
+        for index, weight in enumerate(weights):
+            weight.grad = torch.randn_like(weight) * 10.0 ** (number % 3)
+            divisor, averages[index] = max_norm(float(weight.grad.abs().max()), averages[index], number)
+            expected[index] = quantize(expected[index] - 0.125 * weight.grad / divisor, 16, -8, 8)
+        optimizer.step()
+    state = optimizer.state_dict()
+    for weight, wanted in zip(weights, expected, strict=True):
+        assert torch.allclose(weight, wanted, atol=2**-12)
+    assert [state["state"][index]["average"] for index in range(2)] == averages

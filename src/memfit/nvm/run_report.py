@@ -30,6 +30,8 @@ class SchemeResult:
         final_accuracy: the moving average (0.999) of right predictions after the last sample.
         curve: (samples, moving average of accuracy, writes of the most written cell), in the order of the samples.
         cells: wear and energy of all weights.
+        worst_cell_by_pixel: of SGD, writes of the most written cell without a buffer for a convolution's gradient, where
+            every pixel's term is written by itself; None for other schemes.
         seconds: wall-clock time of the samples.
     """
 
@@ -42,6 +44,7 @@ class SchemeResult:
     final_accuracy: float
     curve: tuple[tuple[int, float, int], ...]
     cells: CellReport
+    worst_cell_by_pixel: int | None
     seconds: float
 
     def lifetime_years(self, samples_per_second: float) -> float:
@@ -62,6 +65,7 @@ class SchemeResult:
             "final_accuracy": self.final_accuracy,
             "cells": self.cells.cells,
             "worst_cell_writes": self.cells.worst_cell,
+            "worst_cell_writes_by_pixel": self.worst_cell_by_pixel,
             "writes": self.cells.writes,
             "writes_per_cell_histogram": [list(each) for each in self.cells.histogram],
             "write_joules": self.cells.write_joules,
@@ -94,6 +98,7 @@ def result_of(
         final_accuracy=float(averages[-1]),
         curve=tuple(curve),
         cells=report_cells(learner.arrays, technology),
+        worst_cell_by_pixel=learner.worst_cell_by_pixel(),
         seconds=record.seconds,
     )
 

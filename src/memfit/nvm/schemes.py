@@ -19,6 +19,7 @@ from memfit.gradients.streaming_low_rank import StreamingLowRank
 from memfit.nvm.model import weight_layers
 from memfit.weights.cell_array import CellArray
 from memfit.weights.in_cells import CellSGD, put_in_cells_
+from memfit.weights.pixel_writes import PixelWrites
 from memfit.weights.quantized_sgd import BIASES, QuantizedSGD
 
 Scheme = Literal["inference", "bias", "sgd", "low-rank", "low-rank-max-norm"]
@@ -98,6 +99,7 @@ class Learner:
         others = [each for each in model.parameters() if each not in weights and each.requires_grad]
         _check_range(model, weights)
         self._optimizers: list[Optimizer] = []
+        self._pixel_writes: list[PixelWrites] = []
         groups: list[dict[str, Any]] = [{"params": others, "lr": rates.biases}] if others else []
         if scheme in ("low-rank", "low-rank-max-norm"):
             technique = StreamingLowRank(
@@ -117,11 +119,13 @@ class Learner:
             put_in_cells_(layers, limit=limit)
         if scheme == "sgd":
             self._optimizers.append(CellSGD(layers, rates.weights))
+            self._pixel_writes = [PixelWrites(layer) for layer in layers if isinstance(layer, nn.Conv2d)]
         elif scheme in ("inference", "bias"):
             for weight in weights:
                 weight.requires_grad_(False)
         if scheme != "inference" and groups:
-            self._optimizers.append(QuantizedSGD(groups, rates.biases, *BIASES))
+            normalize = scheme == "low-rank-max-norm"
+            self._optimizers.append(QuantizedSGD(groups, rates.biases, *BIASES, normalize=normalize))
         self.arrays = [module for module in model.modules() if isinstance(module, CellArray)]
 
     def learn(self, sample: Tensor, label: Tensor) -> bool:
@@ -146,6 +150,13 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad()
         return int(logits.argmax()) == int(label)
+
+    def worst_cell_by_pixel(self) -> int | None:
+        """Writes of the most written cell, had SGD no buffer for a convolution's gradient; None for other schemes."""
+        if self.scheme != "sgd":
+            return None
+        counts = [each.writes for each in self._pixel_writes] + [each.writes for each in self.arrays]
+        return max(int(each.max()) for each in counts)
 
     def count_reads_(self, samples: int) -> None:
         """Note what so many samples have read: each cell once forward, and where there is learning, once backward."""

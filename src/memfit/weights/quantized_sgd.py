@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from memfit.gradients.max_norm import max_norm
 from memfit.weights.quantize import step_of
 
 BIASES = (16, -8.0, 8.0)
@@ -22,6 +24,8 @@ class QuantizedSGD(Optimizer):
     Args:
         params: float parameters, or groups of them.
         lr: learning rate.
+        normalize: divide each gradient by its largest element, or the moving average of those where that is larger; see
+            :func:`memfit.gradients.max_norm.max_norm`.
         bits, low, high: the levels; see :mod:`memfit.weights.quantize`. Parameters outside of the range are moved to
             its ends at the first step.
 
@@ -36,7 +40,10 @@ class QuantizedSGD(Optimizer):
         bits: int = 16,
         low: float = -8.0,
         high: float = 8.0,
+        *,
+        normalize: bool = False,
     ) -> None:
+        self._normalize = normalize
         self._step = step_of(bits, low, high)
         self._lowest, self._highest = low / self._step, high / self._step - 1
         super().__init__(params, {"lr": lr})
@@ -58,10 +65,24 @@ class QuantizedSGD(Optimizer):
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not moved:
                 continue
-            torch._foreach_add_(moved, [parameter.grad for parameter in moved], alpha=-group["lr"])
+            gradients = [parameter.grad for parameter in moved]
+            if self._normalize:
+                gradients = list(torch._foreach_div(gradients, self._divisors(moved, gradients)))
+            torch._foreach_add_(moved, gradients, alpha=-group["lr"])
             torch._foreach_mul_(moved, 1 / self._step)
             torch._foreach_round_(moved)
             torch._foreach_clamp_min_(moved, self._lowest)
             torch._foreach_clamp_max_(moved, self._highest)
             torch._foreach_mul_(moved, self._step)
         return loss
+
+    def _divisors(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> list[float]:
+        """What each gradient is divided by."""
+        found = []
+        largest = torch.stack(torch._foreach_norm(gradients, math.inf)).tolist()
+        for parameter, size in zip(parameters, largest, strict=True):
+            state = self.state[parameter]
+            state["number"] = state.get("number", 0) + 1
+            divisor, state["average"] = max_norm(size, state.get("average", 0.0), state["number"])
+            found.append(divisor)
+        return found
