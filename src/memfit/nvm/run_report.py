@@ -30,8 +30,8 @@ class SchemeResult:
         final_accuracy: the moving average (0.999) of right predictions after the last sample.
         curve: (samples, moving average of accuracy, writes of the most written cell), in the order of the samples.
         cells: wear and energy of all weights.
-        worst_cell_by_pixel: of SGD, writes of the most written cell without a buffer for a convolution's gradient, where
-            every pixel's term is written by itself; None for other schemes.
+        worst_cell_by_pixel: of SGD, writes of the most written cell without a buffer for a convolution's gradient,
+            where every pixel's term is written by itself; None for other schemes.
         seconds: wall-clock time of the samples.
     """
 

@@ -22,7 +22,7 @@ class PixelWrites(nn.Module):
     """Counts, for each cell of a convolution's weight, the pixels whose term is not zero.
 
     Args:
-        layer: is watched from now on, and has this as its submodule ``pixel_writes``: ``state_dict`` resumes the counts.
+        layer: is watched from now on. It has this as its submodule ``pixel_writes``, so that ``state_dict`` resumes it.
 
     Attributes:
         writes: int32, of the weight's shape.
