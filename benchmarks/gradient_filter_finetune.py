@@ -1,10 +1,11 @@
 """Does fine-tuning with a gradient filter lose accuracy, and what does it save in time and memory?
 
-CIFAR-10's subset in two halves: a ResNet-18 and a MobileNetV2 of half the width learn five of the classes, at 80 x 80
-and at last 160 x 160. Then their last four convolutions with their batch norms (layer4 of the one, the last inverted
-residual and the convolution after it of the other, as in the paper) and a new head are fine-tuned at 224 x 224 on 3,000
-images of the other five, exactly and with patches of 2, 4 and 7; all else is frozen and batch norms stand still, as in
-the paper. The learning rate of each method is the best of a grid on a seed of its own; then three seeds.
+CIFAR-10's subset in two halves: a ResNet-18 and a MobileNetV2 of half the width learn one at 80 x 80 and at last
+160 x 160. Then their last four convolutions with their batch norms (layer4 of the one, the last inverted residual and
+the convolution after it of the other, as in the paper) and the head are fine-tuned at 224 x 224 on 3,000 images of the
+other half, exactly and with patches of 2, 4 and 7; all else is frozen and batch norms stand still, as in the paper. The
+halves are of the classes, with a new head for the other five, or of the images, with the head as it is: new tasks, and
+new data of the same. The learning rate of each method is the best of a grid on a seed of its own; then three seeds.
 
 Time of a training step and memory are of the nets in full width at 224 x 224, the channels last: methods in turn in one
 process, medians; the process's peak in a fresh process for each, and the ledger of the same step.
@@ -41,7 +42,8 @@ from memfit.vision.models import ZOO
 RESULTS = Path(__file__).parent / "results" / "gradient_filter_finetune.json"
 LAST = torch.channels_last
 PATCHES = (0, 2, 4, 7)  # 0: exact
-RATES = (0.01, 0.03, 0.1, 0.3)
+SPLITS = ("classes", "images")
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SEEDS = (0, 1, 2)
 GRID_SEED = 100
 WIDTH, PRETRAINED_AT, SIZE, BATCH = 0.5, (80, 160), 224, 32
@@ -108,11 +110,11 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, size: int | None) -> float:
     return right / len(y)
 
 
-def pretrained(net: Net, train: Images, test: Images, work: Path) -> tuple[nn.Module, float]:
-    """The net, trained from scratch on its five classes; kept in the work folder."""
-    path, told = work / f"{net.name}.safetensors", work / f"{net.name}.json"
+def pretrained(net: Net, split: str, train: Images, test: Images, work: Path) -> tuple[nn.Module, float]:
+    """The net, trained from scratch on the first half; kept in the work folder."""
+    path, told = (work / f"{net.name}-{split}{suffix}" for suffix in (".safetensors", ".json"))
     torch.manual_seed(0)
-    model = net.build(5, WIDTH).to(memory_format=LAST)
+    model = net.build(int(train.y.max()) + 1, WIDTH).to(memory_format=LAST)
     if path.exists():
         model.load_state_dict(load_file(path))
         return model, json.loads(told.read_text())["accuracy"]
@@ -130,7 +132,7 @@ def pretrained(net: Net, train: Images, test: Images, work: Path) -> tuple[nn.Mo
             F.cross_entropy(model(images), train.y[picked]).backward()
             optimizer.step()
             scheduler.step()
-        print(f"{net.name}: epoch {epoch + 1} of pretraining at {size}", flush=True)
+        print(f"{net.name}, {split}: epoch {epoch + 1} of pretraining at {size}", flush=True)
     right = accuracy(model, test.x, test.y, PRETRAINED_AT[1])
     work.mkdir(parents=True, exist_ok=True)
     save_file({name: each.contiguous() for name, each in model.state_dict().items()}, path)
@@ -145,13 +147,22 @@ def features(frozen: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([frozen(prepare(part, SIZE)) for part in x.split(64)]).contiguous(memory_format=LAST)
 
 
+def halves(split: str, images: Images, is_test: bool) -> tuple[Images, Images]:
+    """To pretrain on, and to fine-tune on; of the images, both are tested on all."""
+    if split == "classes":
+        return images.of(range(5)), images.of(range(5, 10))
+    half = len(images.y) // 2
+    return (images, images) if is_test else (Images(*(e[:half] for e in images)), Images(*(e[half:] for e in images)))
+
+
 def tune(
     net: Net, state: dict[str, Tensor], train: Images, test: Images, patch: int, rate: float, seed: int, epochs: int
 ) -> float:
-    """Accuracy after fine-tuning the last convolutions and a new head on the frozen part's features."""
+    """Accuracy after fine-tuning the last convolutions and the head on the frozen part's features."""
     torch.manual_seed(seed)
-    model = net.build(5, WIDTH)
-    fresh = {name: each for name, each in model.state_dict().items() if name.startswith(net.head.partition(".")[0])}
+    model = net.build(int(train.y.max()) + 1, WIDTH)
+    own = model.state_dict()
+    fresh = {name: each for name, each in own.items() if name not in state}
     model.load_state_dict({**state, **fresh})
     _, tail = net.split(model.to(memory_format=LAST))
     if patch:
@@ -176,15 +187,19 @@ def tune(
     return accuracy(tail, test.x, test.y, None)
 
 
-def measure_accuracy(net: Net, data: Path, work: Path) -> dict[str, Any]:
+def measure_accuracy(net: Net, split: str, data: Path, work: Path) -> dict[str, Any]:
     train, test = load_data(data)
-    first, second = range(5), range(5, 10)
-    model, before = pretrained(net, train.of(first), test.of(first), work)
-    print(f"{net.name}: {before:.4f} on its own five classes", flush=True)
-    state = {name: each.clone() for name, each in model.state_dict().items()}
+    (first, second), (first_test, second_test) = halves(split, train, False), halves(split, test, True)
+    model, before = pretrained(net, split, first, first_test, work)
+    print(f"{net.name}, {split}: {before:.4f} on the half of its own", flush=True)
+    state = {
+        name: each.clone()
+        for name, each in model.state_dict().items()
+        if split == "images" or not name.startswith(net.head.partition(".")[0])
+    }
     frozen, _ = net.split(model)
-    some = Images(*(each[:IMAGES] for each in train.of(second)))
-    parts = [Images(features(frozen, each.x), each.y) for each in (some, test.of(second))]
+    some = Images(*(each[:IMAGES] for each in second))
+    parts = [Images(features(frozen, each.x), each.y) for each in (some, second_test)]
     report: dict[str, Any] = {"pretrained_accuracy": before, "train": len(parts[0].y), "test": len(parts[1].y)}
     report["methods"] = {}
     for patch in PATCHES:
@@ -197,7 +212,7 @@ def measure_accuracy(net: Net, data: Path, work: Path) -> dict[str, Any]:
             "accuracies": seeds,
             "mean": statistics.fmean(seeds),
         }
-        print(f"{net.name}, patch {patch}: rate {best}, {[round(each, 4) for each in seeds]}", flush=True)
+        print(f"{net.name}, {split}, patch {patch}: rate {best}, {[round(each, 4) for each in seeds]}", flush=True)
     exact = report["methods"]["0"]["mean"]
     for each in report["methods"].values():
         each["loss_against_exact"] = exact - each["mean"]
@@ -357,6 +372,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the pretrained nets")
     parser.add_argument("--nets", nargs="*", default=list(NETS))
     parser.add_argument("--only", nargs="*", default=["steps", "memory", "accuracy"])
+    parser.add_argument("--split", nargs="*", default=list(SPLITS), choices=SPLITS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
@@ -376,7 +392,9 @@ def main() -> None:
         if "memory" in options.only:
             row["memory"] = measure_memory(net, options.batch)
         if "accuracy" in options.only:
-            row["accuracy"] = measure_accuracy(net, options.data, options.work)
+            for split in options.split:
+                found = measure_accuracy(net, split, options.data, options.work)
+                row.setdefault("accuracy", {})[split] = found
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

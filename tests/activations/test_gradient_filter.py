@@ -21,8 +21,8 @@ from memfit import ConversionError, GradientFilter, LowRankGradient
 Case = tuple[nn.Conv2d, Tensor, Tensor]
 
 
-def filtered(layer: nn.Module, patch: int) -> nn.Module:
-    return memfit.convert_(copy.deepcopy(layer), GradientFilter(patch), where="")
+def filtered(layer: nn.Module, patch: int, taps: Any = "summed") -> nn.Module:
+    return memfit.convert_(copy.deepcopy(layer), GradientFilter(patch, taps), where="")
 
 
 def gradients(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -34,8 +34,8 @@ def gradients(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"x": x.grad, **found}  # type: ignore[dict-item]
 
 
-def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int) -> dict[str, Any]:
-    """Which pixels of x belong to which patch of y, and how many patches each tap lies away, written out."""
+def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int, apart: bool) -> dict[str, Any]:
+    """Which pixels of x belong to which patch of y, and which patches each tap reads in which shares, written out."""
     kernel, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
     if layer.padding == "same":
         padding = dilation * (kernel - 1) // 2
@@ -47,18 +47,31 @@ def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int) ->
         owner = [
             i // stride // patch if i % stride == 0 and i // stride < patches * patch else None for i in range(size)
         ]
-        return {"patches": patches, "owner": owner, "of_y": [t // patch for t in range(outputs)], "taps": [0], "s": 1}
+        return {
+            "patches": patches,
+            "owner": owner,
+            "of_y": [t // patch for t in range(outputs)],
+            "taps": [{0: 1}],
+            "s": 1,
+        }
     # The centre of what the first patch of y reads, less the centre of a patch of x that begins at 0.
     reads = [stride * t + dilation * j - padding for t in range(patch) for j in range(kernel)]
-    apart = (min(reads) + max(reads)) / 2 - (patch * stride - 1) / 2
-    start = math.trunc(apart)
+    start = math.trunc((min(reads) + max(reads)) / 2 - (patch * stride - 1) / 2)
     owner = []
     for i in range(size):
         q = (i - start) // (patch * stride)
         owner.append(q if 0 <= q < patches else None)
     is_wide = kernel > 1 and kernel % 2 == 1 and dilation >= patch * stride
     step = round(dilation / (patch * stride)) if is_wide else 0
-    taps = [step * (j - kernel // 2) for j in range(kernel)]
+    taps: list[dict[int, float]] = [{step * (j - kernel // 2): 1} for j in range(kernel)]
+    if apart and kernel > 1:
+        width = patch * stride
+        for j in range(kernel):
+            # Where the pixels lie, on the mean, that tap j of the first patch of y reads.
+            read = sum(stride * t + dilation * j - padding for t in range(patch)) / patch
+            away = (read - start - (width - 1) / 2) / width
+            below = math.floor(away)
+            taps[j] = {below: 1 - (away - below), below + 1: away - below}
     return {
         "patches": patches,
         "owner": owner,
@@ -68,10 +81,10 @@ def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int) ->
     }
 
 
-def reference(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int) -> dict[str, Tensor]:
+def reference(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int, apart: bool = False) -> dict[str, Tensor]:
     """The filtered gradients by their definition, one patch and one tap at a time."""
     weight, groups = layer.weight.detach(), layer.groups
-    rows, columns = (axis_of(layer, axis, x.shape[2 + axis], g.shape[2 + axis], patch) for axis in (0, 1))
+    rows, columns = (axis_of(layer, axis, x.shape[2 + axis], g.shape[2 + axis], patch, apart) for axis in (0, 1))
     shape = (rows["patches"], columns["patches"])
 
     def cells(owners: tuple[list[Any], list[Any]], q: tuple[int, int]) -> list[tuple[int, int]]:
@@ -85,16 +98,20 @@ def reference(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int) -> dict[str, T
     per_in, per_out = x.shape[1] // groups, g.shape[1] // groups
     for q, pixels in outputs.items():
         mean = torch.stack([g[:, :, i, j] for i, j in pixels]).mean(0)
-        for (a, tap_row), (b, tap_column) in product(enumerate(rows["taps"]), enumerate(columns["taps"])):
+        reads = product(
+            *[[(j, *read) for j, tap in enumerate(e["taps"]) for read in tap.items()] for e in (rows, columns)]
+        )
+        for (a, tap_row, share_row), (b, tap_column, share_column) in reads:
             target = (q[0] + tap_row, q[1] + tap_column)
             if target not in inputs:
                 continue
+            share = share_row * share_column
             for group in range(groups):
                 o = slice(group * per_out, (group + 1) * per_out)
                 i_ = slice(group * per_in, (group + 1) * per_in)
-                dweight[o, :, a, b] += len(pixels) * mean[:, o].T @ means[target][:, i_]
+                dweight[o, :, a, b] += share * len(pixels) * mean[:, o].T @ means[target][:, i_]
                 for i, j in inputs[target]:
-                    dx[:, i_, i, j] += mean[:, o] @ weight[o, :, a, b] / (rows["s"] * columns["s"])
+                    dx[:, i_, i, j] += share * mean[:, o] @ weight[o, :, a, b] / (rows["s"] * columns["s"])
     found = {"x": dx, "weight": dweight}
     return found if layer.bias is None else {**found, "bias": g.sum((0, 2, 3))}
 
@@ -123,13 +140,13 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
 
 
 @settings(max_examples=120, deadline=None)
-@given(cases())
+@given(cases(), st.sampled_from(["summed", "apart"]))
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_gradients_equal_the_pixel_by_pixel_reference(drawn: tuple[Case, int]) -> None:
+def test_gradients_equal_the_pixel_by_pixel_reference(drawn: tuple[Case, int], taps: str) -> None:
     (layer, x, g), patch = drawn
-    expected = reference(layer, x, g, patch)
+    expected = reference(layer, x, g, patch, taps == "apart")
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        model = filtered(layer, patch).to(memory_format=memory_format)
+        model = filtered(layer, patch, taps).to(memory_format=memory_format)
         found = gradients(model, x.contiguous(memory_format=memory_format), g.contiguous(memory_format=memory_format))
         assert found.keys() == expected.keys()
         for name, value in found.items():
@@ -491,3 +508,25 @@ def test_compiled_it_gives_the_same_gradients() -> None:
     torch.testing.assert_close(leaf.grad, plain["x"])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[name])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("patch", [2, 3])
+def test_with_taps_apart_gradients_are_the_exact_ones_of_maps_that_are_constant_on_patches(
+    groups: int, patch: int
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 8, 3, padding=1, groups=groups).double()
+    coarse_x, coarse_g = (torch.randn(2, channels, 4, 3, dtype=torch.float64) for channels in (4, 8))
+    x, g = (each.repeat_interleave(patch, 2).repeat_interleave(patch, 3) for each in (coarse_x, coarse_g))
+    exact = gradients(copy.deepcopy(layer), x, g)
+    found = gradients(filtered(layer, patch, "apart"), x, g)
+    torch.testing.assert_close(found["weight"], exact["weight"])
+    torch.testing.assert_close(found["bias"], exact["bias"])
+    means = nn.functional.avg_pool2d(exact["x"], patch).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    torch.testing.assert_close(found["x"], means)
+
+
+def test_taps_are_summed_or_apart() -> None:
+    with pytest.raises(ConversionError, match="taps='near' is not possible"):
+        GradientFilter(2, taps="near")  # type: ignore[arg-type]

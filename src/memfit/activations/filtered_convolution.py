@@ -11,8 +11,16 @@ which are two products of matrices that are p^2 times smaller than the maps, and
 3 x 3 kernel. Forward keeps X, and of the kernel what it is: a parameter. Along an axis on which taps lie a patch or
 more apart (a dilation of p s or more), they are kept apart: there the products are a small dilated convolution of G, X.
 
+All taps can be kept apart: a tap whose pixels lie, on the mean, a patches from those that its patch of y is centred on
+(a = (j - (k - 1) / 2) d / (p s) for tap j of k) reads X between the patches floor(a) and floor(a) + 1 away, linearly:
+what a convolution of maps that are constant on patches reads. With A (taps x patches, for each axis) those shares,
+
+    grad_w = A1 C A2^T     where C is the weight gradient of a convolution of G and X with A's patches as its taps
+    grad_x                 is its input gradient, with the kernel A1^T w A2
+
 Source: Yang, Li, Marculescu, "Efficient On-device Training via Gradient Filtering", CVPR 2023, arXiv 2301.00330.
-Its formulas are for s = 1; the factor 1 / s^2 and the alignment with uneven padding are ours.
+Its formulas are for s = 1 and sum the taps; the factor 1 / s^2, the alignment with uneven padding and taps apart are
+ours.
 """
 
 from __future__ import annotations
@@ -30,6 +38,7 @@ from torch.autograd.function import once_differentiable
 from memfit.activations.native import operator, suits
 from memfit.activations.patches import Cut, Cuts, counts, pool, spread
 from memfit.activations.pooled_gradients import input_gradient, weight_gradient
+from memfit.activations.tap_shares import Shares, shares_between, to_patches, to_taps
 
 
 class Window(NamedTuple):
@@ -48,6 +57,7 @@ class Plan(NamedTuple):
         inputs: patches of x, one for each of y.
         outputs: patches of y.
         shifts: on each axis, by how many patches neighbouring taps lie apart; 0 where taps are summed.
+        shares: on each axis, for each tap the shares in which it reads neighbouring patches; None where it reads one.
         spread_over: input pixels that share one output pixel's gradient.
         pixels: of y in each patch, or None where patches at the border have fewer.
     """
@@ -55,20 +65,32 @@ class Plan(NamedTuple):
     inputs: Cuts
     outputs: Cuts
     shifts: tuple[int, int]
+    shares: tuple[Shares | None, Shares | None]
     spread_over: int
     pixels: int | None
 
 
 @lru_cache(maxsize=4096)
-def plan(x: tuple[int, int], y: tuple[int, int], windows: tuple[Window, Window], patch: tuple[int, int]) -> Plan:
-    """Cut input and output maps of the given sizes (H, W) into patches that belong to each other."""
-    axes = [_plan_axis(*each) for each in zip(x, y, windows, patch, strict=True)]
-    inputs, outputs, shifts, strides = zip(*axes, strict=True)
+def plan(
+    x: tuple[int, int], y: tuple[int, int], windows: tuple[Window, Window], patch: tuple[int, int], apart: bool = False
+) -> Plan:
+    """Cut input and output maps of the given sizes (H, W) into patches that belong to each other.
+
+    Args:
+        x, y: sizes of the maps.
+        windows: how the convolution reads each axis.
+        patch: pixels of y in a patch.
+        apart: keep taps apart that lie less than a patch from each other.
+    """
+    axes = [_plan_axis(*each, apart) for each in zip(x, y, windows, patch, strict=True)]
+    inputs, outputs, shifts, shares, strides = zip(*axes, strict=True)
     even = all(cut.size == cut.patches * cut.width for cut in outputs)
-    return Plan(inputs, outputs, shifts, prod(strides), outputs[0].width * outputs[1].width if even else None)
+    return Plan(inputs, outputs, shifts, shares, prod(strides), outputs[0].width * outputs[1].width if even else None)
 
 
-def _plan_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, Cut, int, int]:
+def _plan_axis(
+    size: int, outputs: int, window: Window, patch: int, apart: bool
+) -> tuple[Cut, Cut, int, Shares | None, int]:
     patch = min(patch, outputs)
     patches = -(-outputs // patch)
     kernel, stride, padding, dilation = window
@@ -78,8 +100,14 @@ def _plan_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut
     width = patch * stride
     # So that both patches have one centre, to the pixel: halves towards 0.
     origin = int((dilation * (kernel - 1) + 1 - stride) / 2 - padding)
+    cuts = Cut(size, width, patches, origin, every), Cut(outputs, patch, patches)
+    if apart and kernel > 1:
+        # Of what a tap reads, the centre less that of the patch of x, in patches.
+        centre = padding + origin + (stride - 1) / 2
+        shares = shares_between([(tap * dilation - centre) / width for tap in range(kernel)])
+        return *cuts, 1, shares, stride
     shift = round(dilation / width) if kernel % 2 and kernel > 1 and dilation >= width else 0
-    return Cut(size, width, patches, origin, every), Cut(outputs, patch, patches), shift, stride
+    return *cuts, shift, None, stride
 
 
 def filtered_convolution(
@@ -90,6 +118,7 @@ def filtered_convolution(
     windows: tuple[Window, Window],
     groups: int,
     patch: tuple[int, int],
+    apart: bool = False,
     native: bool = False,
 ) -> Tensor:
     """``forward(x, weight, bias)``, with the filtered backward.
@@ -102,12 +131,13 @@ def filtered_convolution(
         windows: how it reads H and W; of a single row, any.
         groups: of its channels.
         patch: size of the patches of the output, in pixels of H and W; cut to the map where that is smaller.
+        apart: keep the kernel's taps apart.
         native: compute with the C++ operator what that can.
 
     Returns:
         What ``forward`` gives. It can be differentiated once.
     """
-    return _FilteredConvolution.apply(x, weight, bias, forward, windows, groups, patch, native)
+    return _FilteredConvolution.apply(x, weight, bias, forward, windows, groups, patch, apart, native)
 
 
 class _FilteredConvolution(torch.autograd.Function):
@@ -121,6 +151,7 @@ class _FilteredConvolution(torch.autograd.Function):
         windows: tuple[Window, Window],
         groups: int,
         patch: tuple[int, int],
+        apart: bool,
         native: bool,
     ) -> Tensor:
         y = forward(x, weight, bias)
@@ -129,7 +160,7 @@ class _FilteredConvolution(torch.autograd.Function):
             y = y.clone()  # torch's is a view of a batch of one, and views that leave here can't be changed in place
         ctx.x_shape, ctx.x_dtype, ctx.groups = x.shape, x.dtype, groups
         x, rows, columns = _as_maps(x, axes), *_as_maps(y, axes).shape[2:]
-        ctx.plan = cut = plan((x.shape[2], x.shape[3]), (rows, columns), windows, patch)
+        ctx.plan = cut = plan((x.shape[2], x.shape[3]), (rows, columns), windows, patch, apart)
         ctx.native = native and not any(cut.shifts) and suits(x, weight) and x.dtype == dtype
         ctx.channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         pooled = None
@@ -154,7 +185,7 @@ class _FilteredConvolution(torch.autograd.Function):
                 found = _gradients(ctx, g, pooled, kernel, wanted)
         dx, dweight, dbias = found
         dx = None if dx is None else dx.view(ctx.x_shape)
-        return dx, dweight.squeeze(2) if row and dweight is not None else dweight, dbias, *(None,) * 5
+        return dx, dweight.squeeze(2) if row and dweight is not None else dweight, dbias, *(None,) * 6
 
 
 def _gradients(
@@ -165,12 +196,14 @@ def _gradients(
     dx = dweight = dbias = None
     # Maps of patches are small: they are summed in the weight's precision.
     means = pool(g, cut.outputs).to(weight.dtype)
+    weight = to_patches(weight, cut.shares)
     if wanted[0]:
         coarse = input_gradient(means, weight, cut.shifts, ctx.groups, 1 / cut.spread_over)
         dx = spread(coarse.to(ctx.x_dtype), cut.inputs, ctx.channels_last)
     pixels = cut.pixels or counts(cut.outputs, means)
     if wanted[1] and pooled is not None:
-        dweight = weight_gradient(means, pooled.to(weight.dtype), weight, cut.shifts, ctx.groups, pixels)
+        coarse = weight_gradient(means, pooled.to(weight.dtype), weight, cut.shifts, ctx.groups, pixels)
+        dweight = to_taps(coarse, cut.shares)
     if wanted[2]:
         dbias = (means * pixels).sum((0, 2, 3))
     return dx, dweight, dbias

@@ -169,7 +169,7 @@ def _classifier(config: FinetuneConfig) -> Task:
 def _options(scan: FilterScan, native: bool) -> list[str]:
     """The advice as options of the commands that train."""
     options = [
-        f"--convert '{GradientFilter(patch, native)}@{name}'"
+        f"--convert '{GradientFilter(patch, native=native)}@{name}'"
         for patch, names in scan.chosen.items()
         for name in names
         if name

@@ -80,7 +80,7 @@ def filter_scan(
         raise MemfitError(f"a scan takes 1 round or more, not {rounds}.")
     if not 0 <= least_cosine <= 1:
         raise MemfitError(f"the least cosine is from 0 to 1, not {least_cosine}.")
-    techniques = {GradientFilter(patch, native) for patch in patches}
+    techniques = {GradientFilter(patch, native=native) for patch in patches}
     filters = {technique.patch: technique for technique in sorted(techniques, key=lambda each: each.patch)}
     chosen, ties = choose(model, next(iter(filters.values())), where)
     layers = {name: choice.layer for name, choice in chosen.items()}
