@@ -1,9 +1,9 @@
 """How much faster is a filtered backward than the exact one, layer by layer?
 
 Every distinct convolution of ResNet-18 and of MobileNetV2 at 224 x 224, and six more, each by itself: PyTorch's own
-backward, memfit's with patches of 2, 4 and 7, with and without the C++ operator, and, where their file is given, the
-authors' public operator, in turn in one process, a few calls at a time, each with the channels first and with the
-channels last. Medians; of each, the better layout counts.
+backward, memfit's with patches of 2, 4 and 7 (as it is, with the C++ operator, and with the taps of kernels apart), and,
+where their file is given, the authors' public operator, in turn in one process, a few calls at a time, each with the
+channels first and with the channels last. Medians; of each, the better layout counts.
 
 The time of a filtered backward is all that backward does, through autograd, and the pooling of the input that forward
 does more. Forward is compared as a whole.
@@ -45,7 +45,12 @@ PATCHES = (2, 4, 7)
 BATCHES = (8, 1)
 THREADS = (2, 1)
 BLOCK = 3
-METHODS = ("memfit", "native", "peer")  # native: memfit's, with the C++ operator
+OURS: dict[str, Callable[[int], memfit.GradientFilter]] = {
+    "memfit": memfit.GradientFilter,
+    "native": lambda patch: memfit.GradientFilter(patch, native=True),
+    "apart": lambda patch: memfit.GradientFilter(patch, taps="apart"),
+}
+METHODS = (*OURS, "peer")
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
 
 
@@ -153,8 +158,8 @@ def variants(layer: Layer, batch: int, peer: Any) -> Iterator[tuple[tuple[str, i
         for method, patch in [("exact", 0), *((m, p) for p in PATCHES for m in METHODS)]:
             module: nn.Module = layer.make()
             module.load_state_dict(exact.state_dict())
-            if method in ("memfit", "native"):
-                memfit.convert_(module, memfit.GradientFilter(patch, native=method == "native"), where="")
+            if method in OURS:
+                memfit.convert_(module, OURS[method](patch), where="")
             elif method == "peer":
                 if peer is None:
                     continue
@@ -204,7 +209,7 @@ def measure(layer: Layer, batch: int, rounds: int, peer: Any) -> dict[str, Any]:
     }
     for patch in PATCHES:
         entry = row["patches"][str(patch)] = {}
-        for method in ("memfit", "native"):
+        for method in OURS:
             ours = best(method, patch, "backward", "extra")
             entry[method] = {"ms": ours, "speedup": row["exact_backward_ms"] / ours}
             if peer is not None:
@@ -284,12 +289,12 @@ def main() -> None:
                 row = {"net": net, "threads": threads, **measure(layer, batch, options.rounds, peer)}
                 rows.append(row)
                 told = "  ".join(
-                    f"p={p} {e['memfit']['speedup']:5.1f} {e['native']['speedup']:5.1f}"
-                    for p, e in row["patches"].items()
+                    f"p={p} {' '.join(format(entry[method]['speedup'], '5.1f') for method in OURS)}"
+                    for p, entry in row["patches"].items()
                 )
                 exact = row["exact_backward_ms"]
                 print(f"{net:13}{layer.title:42} batch {batch} threads {threads} {exact:8.2f} ms {told}", flush=True)
-    figures = {method: summary(rows, method) for method in ("memfit", "native")}
+    figures = {method: summary(rows, method) for method in OURS}
     print(json.dumps(figures, indent=1))
     options.out.write_text(
         json.dumps(
