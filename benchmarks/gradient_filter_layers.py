@@ -1,8 +1,8 @@
 """How much faster is a filtered backward than the exact one, layer by layer?
 
 Every distinct convolution of ResNet-18 and of MobileNetV2 at 224 x 224, and six more, each by itself: PyTorch's own
-backward, memfit's with patches of 2, 4 and 7 (as it is, with the C++ operator, and with the taps of kernels apart), and,
-where their file is given, the authors' public operator, in turn in one process, a few calls at a time, each with the
+backward, memfit's with patches of 2, 4 and 7 (as it is, with the C++ operator, and with the taps of kernels apart), and
+the authors' public operator where its file is given, in turn in one process, a few calls at a time, each with the
 channels first and with the channels last. Medians; of each, the better layout counts.
 
 The time of a filtered backward is all that backward does, through autograd, and the pooling of the input that forward
