@@ -51,8 +51,8 @@ SWEEP_SAMPLES = 2_000
 BIAS_RATES = (0.001, 0.003, 0.01, 0.03)
 WEIGHT_RATES: dict[Scheme, tuple[float, ...]] = {
     "sgd": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "low-rank": (0.1, 0.3, 1.0, 3.0, 10.0),
-    "low-rank-max-norm": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "low-rank": (0.03, 0.1, 0.3, 1.0),
+    "low-rank-max-norm": (0.003, 0.01, 0.03, 0.1),
 }
 MAX_NORM_BIAS_RATE = 0.01  # where biases' gradients are divided by their largest element too; the paper's
 PERIODS = (10, 100)
