@@ -91,6 +91,19 @@ def test_advice_is_written_as_options_that_the_commands_take() -> None:
         assert (option in result.stdout) == (layer["advised"] is not None)
 
 
+def test_the_advice_for_taps_apart_is_an_option_too() -> None:
+    options = ["--patch", "2", "--taps", "apart", "--rounds", "1", "--cosine", "0", "--json", "scan.json"]
+    result = run("net.py:task", *options)
+    assert result.exit_code == 0, result.output
+    advised = [each["name"] for each in json.loads(Path("scan.json").read_text())["layers"] if each["advised"]]
+    for name in advised:
+        assert f"""--convert "GradientFilter(patch=2, taps='apart')@{name}\"""" in result.stdout
+    assert advised or "As options" not in result.stdout
+    result = run("net.py:task", "--taps", "near")
+    assert result.exit_code == 2
+    assert "taps='near' is not possible: give 'summed' or 'apart'." in " ".join(result.stderr.split())
+
+
 def test_a_model_that_is_one_layer_has_a_name_for_people() -> None:
     result = run("net:single", "--patch", "2", "--rounds", "1", "--png", "scan.png", "--html", "scan.html")
     assert result.exit_code == 0, result.output

@@ -82,14 +82,17 @@ def step(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Tensor]:
     return weight, x
 
 
-@pytest.mark.parametrize("name", ["stem", "narrow", "around", "plain"])
-def test_a_layers_gradients_are_those_of_the_model_with_that_layer_filtered(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "taps"),
+    [("stem", "summed"), ("narrow", "summed"), ("around", "summed"), ("plain", "summed"), ("plain", "apart")],
+)
+def test_a_layers_gradients_are_those_of_the_model_with_that_layer_filtered(name: str, taps: Any) -> None:
     net, batch = task()
     torch.manual_seed(1)
-    layer = by_name(filter_scan(net, batch, loss, (2, 3), rounds=1))[name]
+    layer = by_name(filter_scan(net, batch, loss, (2, 3), rounds=1, taps=taps))[name]
     exact = step(copy.deepcopy(net), batch, name)
     for filtered in layer.filtered:
-        other = memfit.convert_(copy.deepcopy(net), memfit.GradientFilter(filtered.patch), where=name)
+        other = memfit.convert_(copy.deepcopy(net), memfit.GradientFilter(filtered.patch, taps), where=name)
         weight, x = step(other, batch, name)
         assert filtered.weight is not None
         assert (filtered.weight.cosine, filtered.weight.norm) == pytest.approx(compare([exact[0]], [weight]))

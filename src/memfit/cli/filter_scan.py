@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import torch
 import typer
@@ -69,6 +70,9 @@ def filter_scan(
     cosine: Annotated[
         float, typer.Option(help="From this cosine to the exact gradient on, a layer is worth filtering.")
     ] = LEAST_COSINE,
+    taps: Annotated[
+        str, typer.Option(help="Scan filters that sum the taps of kernels, or keep them apart.", metavar="summed|apart")
+    ] = "summed",
     native: Annotated[bool, typer.Option("--native", help="Scan filters with native=True, the C++ operator.")] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page to this file: all that is printed, and a picture.")
@@ -79,6 +83,7 @@ def filter_scan(
     """Show which convolutions are worth a gradient filter: their time, memory and gradients, exact and filtered."""
     if (target is None) == (data is None):
         raise MemfitError("give either a target, such as file.py:function, or images by --data.")
+    summed_or_apart = cast("Literal['summed', 'apart']", taps)  # the technique itself refuses other words
     if png is not None:
         check_can_draw()
     check_outputs({"page": html, "picture": png, "scan": json_file}, target)
@@ -99,7 +104,16 @@ def filter_scan(
     try:
         task = load_target(str(target))() if config is None else _classifier(config)
         layers = "*" if not where else where[0] if len(where) == 1 else where
-        scan = scan_task(*task, patch or PATCHES, layers, rounds, least_cosine=cosine, native=native, notify=say)
+        scan = scan_task(
+            *task,
+            patch or PATCHES,
+            layers,
+            rounds,
+            least_cosine=cosine,
+            taps=summed_or_apart,
+            native=native,
+            notify=say,
+        )
     except MemfitError:
         raise
     except Exception as error:  # the user's code; a bug of memfit's keeps its traceback
@@ -113,13 +127,13 @@ def filter_scan(
         (json_file, "scan", lambda: json.dumps({"target": what, **scan.to_dict()}).encode() + b"\n"),
     )
     failures = [failure for file, kind, make in outputs if file and (failure := write_output(file, kind, make()))]
-    show_scan(scan, native)
+    show_scan(scan, lambda patch: GradientFilter(patch, summed_or_apart, native))
     if failures:  # a full disk does not take away what was found
         raise failures[0]
 
 
-def show_scan(scan: FilterScan, native: bool) -> None:
-    """Print the layers, what a filter does to each, and whole steps; ``native`` as it was scanned."""
+def show_scan(scan: FilterScan, technique: Callable[[int], GradientFilter]) -> None:
+    """Print the layers, what a filter does to each, and whole steps; ``technique`` as it was scanned, for a patch."""
     show_table(
         ["layer", "", "exact backward", "keeps", "input kept by others"],
         [
@@ -155,7 +169,7 @@ def show_scan(scan: FilterScan, native: bool) -> None:
     show("")
     for sentence in scan.advice:
         show(sentence)
-    for sentence in _options(scan, native):
+    for sentence in _options(scan, technique):
         show(sentence)
 
 
@@ -166,14 +180,10 @@ def _classifier(config: FinetuneConfig) -> Task:
     return Task(start.model, next(iter(start.batches)), cross_entropy)
 
 
-def _options(scan: FilterScan, native: bool) -> list[str]:
+def _options(scan: FilterScan, technique: Callable[[int], GradientFilter]) -> list[str]:
     """The advice as options of the commands that train."""
-    options = [
-        f"--convert '{GradientFilter(patch, native=native)}@{name}'"
-        for patch, names in scan.chosen.items()
-        for name in names
-        if name
-    ]
+    chosen = [f"{technique(patch)}@{name}" for patch, names in scan.chosen.items() for name in names if name]
+    options = [f'--convert "{each}"' if "'" in each else f"--convert '{each}'" for each in chosen]
     return [f"As options: {' '.join(options)}"] if options else []
 
 

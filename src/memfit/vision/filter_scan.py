@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ def filter_scan(
     rounds: int = 5,
     *,
     least_cosine: float = LEAST_COSINE,
+    taps: Literal["summed", "apart"] = "summed",
     native: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> FilterScan:
@@ -60,7 +61,7 @@ def filter_scan(
         where: which layers, as :func:`memfit.convert_` takes it.
         rounds: how often each way is timed, in turn with the others.
         least_cosine: from where on the advice takes a gradient to be good.
-        native: scan ``GradientFilter(patch, native=True)``.
+        taps, native: scan ``GradientFilter(patch, taps, native)``.
         notify: is told, in a sentence each, what happens next.
 
     Raises:
@@ -80,7 +81,7 @@ def filter_scan(
         raise MemfitError(f"a scan takes 1 round or more, not {rounds}.")
     if not 0 <= least_cosine <= 1:
         raise MemfitError(f"the least cosine is from 0 to 1, not {least_cosine}.")
-    techniques = {GradientFilter(patch, native=native) for patch in patches}
+    techniques = {GradientFilter(patch, taps, native) for patch in patches}
     filters = {technique.patch: technique for technique in sorted(techniques, key=lambda each: each.patch)}
     chosen, ties = choose(model, next(iter(filters.values())), where)
     layers = {name: choice.layer for name, choice in chosen.items()}
