@@ -230,10 +230,10 @@ class KroneckerSum(nn.Module):
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         left, right = self._stored()
-        if self.bits is None:
+        if self.scales is None:
             return left, right
-        assert self.scales is not None
-        return left * self.scales[0], right * self.scales[1]
+        of_left, of_right = self.scales.tolist()
+        return left.to(self.dtype).mul_(of_left), right.to(self.dtype).mul_(of_right)
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         # Not by attribute, which is slow in a module.
@@ -258,14 +258,14 @@ class KroneckerSum(nn.Module):
         if factors is None:
             return False
         left, right = self._stored()
-        if self.scales is None:
-            left.copy_(factors[0])
-            right.copy_(factors[1])
-            return True
-        for index, (mine, values) in enumerate(zip((left, right), factors, strict=True)):
-            largest = values.abs().max()
-            self.scales[index] = largest / _LARGEST
-            mine.copy_(values.mul_(_LARGEST / largest.clamp(min=torch.finfo(self.dtype).tiny)).round_())
+        if self.scales is not None:
+            smallest = torch.finfo(self.dtype).tiny
+            largest = [max(float(each), smallest) for each in torch._foreach_norm(factors, math.inf)]
+            self.scales.copy_(self.scales.new_tensor(largest).div_(_LARGEST))
+            torch._foreach_mul_(factors, [_LARGEST / each for each in largest])
+            torch._foreach_round_(factors)
+        left.copy_(factors[0])
+        right.copy_(factors[1])
         return True
 
     def get_extra_state(self) -> Tensor:
