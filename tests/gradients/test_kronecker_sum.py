@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import memfit
 from memfit.gradients.kronecker_sum import KroneckerSum
 from memfit.gradients.mixing import least_variance
 
@@ -85,7 +86,7 @@ def test_the_mean_of_10_000_draws_is_the_exact_sum(stream: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "count", "rank"), [(8, 6, 5, 4), (9, 14, 7, 2), (3, 20, 9, 2), (5, 5, 5, 1)]
+    ("rows", "columns", "count", "rank"), [(8, 6, 5, 4), (9, 14, 7, 2), (3, 20, 9, 2), (5, 5, 5, 1), (50, 60, 10, 4)]
 )
 def test_the_variance_of_one_addition_is_the_least_that_is_possible(
     rows: int, columns: int, count: int, rank: int
@@ -310,3 +311,30 @@ def test_terms_that_do_not_fit_are_refused() -> None:
         total.add(torch.zeros(4, 1), torch.zeros(3, 1))
     with pytest.raises(ValueError, match="do not pair"):
         total.add(torch.zeros(3, 1), torch.zeros(4, 2))
+
+
+def test_biased_is_the_truncated_svd_whatever_the_size_of_its_numbers() -> None:
+    left, right = terms(8, 9, 6)
+    for size in (1e-10, 1e10):
+        total = KroneckerSum(8, 9, 4, unbiased=False)
+        total.add(left * size, right * torch.tensor([1, 1, 1, 1e-9, 1e-9, 1e-9]))
+        u, values, v = torch.linalg.svd(
+            size * left.double() @ (right * torch.tensor([1, 1, 1, 1e-9, 1e-9, 1e-9])).double().t()
+        )
+        best = (u[:, :3] * values[:3]) @ v[:3]
+        assert float((total.matrix() - best).norm() / best.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("side", [10, 64, 300])
+@pytest.mark.parametrize("count", [1, 80])
+def test_memory_is_rank_times_rows_and_columns_and_the_workspace_that_is_documented(side: int, count: int) -> None:
+    rank, block = 4, 32
+    total = KroneckerSum(side, side, rank, bits=16, block=block)
+    left, right = torch.randn(count, side), torch.randn(count, side)
+    total.add_rows(left, right)
+    kept = sum(buffer.nbytes for buffer in total.buffers())
+    assert kept == rank * 2 * side * 2 + 8
+    with memfit.ledger(total) as book:
+        total.add_rows(left, right)
+    columns = rank + min(count, block)
+    assert book.peak.total - kept - left.nbytes - right.nbytes <= 4 * (4 * columns * 2 * side + 10 * columns**2)

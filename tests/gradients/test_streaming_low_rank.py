@@ -659,3 +659,51 @@ def test_nothing_warns_in_an_ordinary_loop(net: Net) -> None:
         warnings.simplefilter("error")
         memfit.convert_(net, memfit.StreamingLowRank(rank=2, period=2))
         learn(net, torch.optim.SGD(net.parameters(), lr=0.1), samples(4))
+
+
+def test_a_gradient_that_goes_past_the_layer_is_refused(net: Net) -> None:
+    memfit.convert_(net, memfit.StreamingLowRank(rank=2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    (x, y), before = samples(1)[0], net.head.weight.detach().clone()
+    (F.cross_entropy(net(x), y) + net.head.weight.square().sum()).backward()
+    with pytest.raises(memfit.TrainingError, match=r"weight of head\S* has a gradient that did not come through"):
+        optimizer.step()
+    assert torch.equal(net.head.weight, before)
+
+
+def test_an_old_gradient_does_not_outlive_the_conversion(net: Net) -> None:
+    x, y = samples(1)[0]
+    F.cross_entropy(net(x), y).backward()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.1)
+    memfit.convert_(net, memfit.StreamingLowRank(rank=2))
+    before = net.head.weight.detach().clone()
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert torch.equal(net.head.weight, before)
+
+
+def test_a_batch_norm_needs_a_period() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(memfit.ConversionError, match="give a longer period"):
+        memfit.convert_(model, memfit.StreamingLowRank(rank=2, period=1))
+    assert type(model[0]) is nn.Linear
+
+
+def test_statistics_survive_an_empty_batch_and_a_sample_that_is_not_finite() -> None:
+    norm = memfit.convert_(nn.BatchNorm2d(3), memfit.StreamingLowRank(period=10), where="")
+    norm(torch.randn(1, 3, 4, 4))
+    before = {name: each.clone() for name, each in norm.state_dict().items()}
+    norm(torch.empty(0, 3, 4, 4))
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        norm(torch.full((1, 3, 4, 4), float("nan")))
+    for name, each in norm.state_dict().items():
+        assert torch.equal(each, before[name])
+    assert bool(norm(torch.randn(1, 3, 4, 4)).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"min_write_density": "much"}, {"min_write_density": None}, {"weight_range": "1"}, {"max_norm": "no"}]
+)
+def test_settings_of_another_type_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(memfit.ConversionError, match="is not possible"):
+        memfit.StreamingLowRank(**setting)

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from memfit.cli.app import app
 from memfit.errors import CheckpointError, MemfitError, MissingExtraError
 from memfit.nvm import simulate as module
 from memfit.nvm.page import joules, lifetime
@@ -170,9 +174,126 @@ def test_a_model_that_does_not_fit_is_refused_before_the_run(tmp_path, model, wo
         simulate(chosen, tmp_path)
 
 
+def grouped() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (4, 1, 1)), nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(4, 2))
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight = model[0].weight
+    return model
+
+
+def frozen() -> nn.Module:
+    return nn.Linear(4, 2).requires_grad_(False)
+
+
+def broken() -> nn.Module:
+    model = nn.Linear(4, 2)
+    model.weight.data[0, 0] = float("nan")
+    return model
+
+
+def half() -> nn.Module:
+    return nn.Linear(4, 2).bfloat16()
+
+
+def fails() -> nn.Module:
+    raise KeyError("settings")
+
+
+def without_size() -> nn.Module:
+    return nn.LazyLinear(2)
+
+
+def negative() -> list[tuple[torch.Tensor, int]]:
+    return [(torch.zeros(4), -1)] * 200
+
+
+def halves() -> list[tuple[torch.Tensor, float]]:
+    return [(torch.zeros(4), 0.5)] * 200
+
+
+def without_end() -> list[tuple[torch.Tensor, float]]:
+    return [(torch.zeros(4), float("inf"))] * 200
+
+
+def third_class_later() -> list[tuple[torch.Tensor, int]]:
+    return [(torch.zeros(4), 2 if number == 150 else 0) for number in range(200)]
+
+
+def other_shape_later() -> list[tuple[torch.Tensor, int]]:
+    return [(torch.zeros(4 if number < 100 else 5), 0) for number in range(200)]
+
+
+def nan_later() -> list[tuple[torch.Tensor, int]]:
+    return [(torch.full((4,), float("nan") if number == 150 else 0.0), 0) for number in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("model", "stream", "words"),
+    [
+        ("grouped", "own_stream", "scheme 'low-rank' can't take the model .* groups"),
+        ("tied", "own_stream", "share one weight"),
+        ("frozen", "own_stream", "the weight 'weight' is frozen"),
+        ("broken", "own_stream", "parameter 'weight' is not finite"),
+        ("half", "own_stream", "can't take a sample|float32"),
+        ("without_size", "own_stream", "has parameters without a size"),
+        ("own_model", "negative", "-1 is no label"),
+        ("own_model", "halves", "0.5 is no label"),
+        ("own_model", "without_end", "inf is no label"),
+        ("own_model", "third_class_later", "2 is no label"),
+        ("own_model", "other_shape_later", r"shape \(5,\) follows samples of shape \(4,\)"),
+        ("own_model", "nan_later", "sample 151 of the stream is not finite"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_and_leaves_the_folder_to_the_next_run(tmp_path, model, stream, words):
+    chosen = {"samples": 200, "worlds": ("control",), "schemes": ("bias", "low-rank")}
+    with pytest.raises(MemfitError, match=words):
+        simulate(NvmConfig(model=f"{HERE}:{model}", stream=f"{HERE}:{stream}", **chosen), tmp_path)
+    if not stream.endswith("later"):
+        simulate(NvmConfig(model=f"{HERE}:own_model", stream=f"{HERE}:own_stream", **chosen), tmp_path)
+
+
+def test_a_function_that_fails_is_told_of_in_one_sentence(tmp_path):
+    command = ["nvm", "--model", f"{HERE}:fails", "--stream", f"{HERE}:own_stream", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2, result.output
+    assert "fails with KeyError: 'settings'" in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def another_stream() -> list[tuple[torch.Tensor, int]]:
+    return [(-x, y) for x, y in own_stream()]
+
+
+def test_another_stream_is_another_run(tmp_path):
+    chosen = {"model": f"{HERE}:own_model", "worlds": ("control",), "schemes": ("bias",)}
+    simulate(NvmConfig(stream=f"{HERE}:own_stream", samples=100, **chosen), tmp_path)
+    with pytest.raises(CheckpointError, match="first_samples_sha256"):
+        simulate(NvmConfig(stream=f"{HERE}:another_stream", samples=200, **chosen), tmp_path, resume=True)
+
+
+def test_a_signal_in_the_last_samples_of_a_device_stops_the_simulation(tmp_path, monkeypatch):
+    from memfit.nvm.online import _Run
+
+    advance = _Run.advance
+
+    def and_stop(run: _Run, *more: object) -> None:
+        advance(run, *more)  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(_Run, "advance", and_stop)
+    chosen = NvmConfig(model=f"{HERE}:own_model", stream=f"{HERE}:own_stream", samples=100, worlds=("control",))
+    with pytest.raises(InterruptedRun):
+        simulate(chosen, tmp_path)
+    assert [each.name for each in (tmp_path / "online").iterdir()] == ["control-inference.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"lr": 1e39}, "1,000,000"),
         ({"worlds": ("mars",)}, "control, shift, analog, digital"),
         ({"worlds": ()}, "not none"),
         ({"schemes": ("adam",)}, "low-rank-max-norm, not adam"),
@@ -218,7 +339,7 @@ def test_energy_and_lifetime_in_units_that_one_reads():
         "no writes",
         "12.3 years",
         "183 days",
-        "1 hours",
+        "1 hour",
         "below a minute",
         "3.0e+07 years",
     ]

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -173,3 +174,21 @@ def test_a_parameter_stays_this_parameter():
     assert cells.write_(torch.tensor([0.5, 0.7])) == 1
     assert weight.tolist() == [0.5, 0.703125]
     assert weight.requires_grad
+
+
+def test_cells_drift_in_whatever_memory_format_they_are() -> None:
+    torch.manual_seed(0)
+    plain = CellArray(torch.rand(4, 3, 2, 2) - 0.5)
+    other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    assert not other.values.is_contiguous()
+    for array in (plain, other):
+        array.drift_digital_(0.1, torch.Generator().manual_seed(1))
+    assert torch.equal(plain.values, other.values)
+
+
+@pytest.mark.parametrize("sigma", [-0.1, float("nan"), float("inf")])
+def test_a_drift_without_a_size_is_refused(sigma: float) -> None:
+    cells = CellArray(torch.zeros(3))
+    with pytest.raises(ValueError, match="give a number from 0"):
+        cells.drift_analog_(sigma)
+    assert not cells.values.any()

@@ -29,7 +29,8 @@ def stoppable(run: Callable[[], R], out: Path) -> R:
         return run()
     except (InterruptedRun, KeyboardInterrupt) as stopped:
         say(str(stopped) or "interrupted")
-        if os.path.exists(out / CHECKPOINT):
+        checkpoint = stopped.checkpoint if isinstance(stopped, InterruptedRun) else out / CHECKPOINT
+        if os.path.exists(checkpoint):
             command = [word for word in sys.argv[1:] if word != "--resume"]
             say(f"to go on: {shlex.join(['memfit', *command, '--resume'])}")
         number = stopped.signal if isinstance(stopped, InterruptedRun) else signal.SIGINT

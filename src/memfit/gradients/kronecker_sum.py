@@ -78,6 +78,7 @@ def reduce_matrix(matrix: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor] | Non
     rows = mixing(values)
     # Row i of basis^T matrix is s_i v_i^T; values that count as zero have no direction.
     least = NEGLIGIBLE * values[0]
+    rows = [row if value > least else [0.0] * len(row) for row, value in zip(rows, values, strict=True)]
     others = [[x / value for x in row] if value > least else row for row, value in zip(rows, values, strict=True)]
     both = numpy.array([row + other for row, other in zip(rows, others, strict=True)][::-1])
     mixed = (basis @ torch.from_numpy(both)).to(matrix).t()

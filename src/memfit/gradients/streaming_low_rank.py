@@ -100,12 +100,17 @@ class StreamingLowRank(Technique):
                 raise ConversionError(f"{field}={value!r} is not possible: give a whole number from 1 to 16, or None.")
         if self.factor_bits not in (16, None):
             raise ConversionError(f"factor_bits={self.factor_bits!r} is not possible: give 16, or None.")
-        if not 0 <= self.min_write_density <= 1:
+        for field in ("unbiased", "max_norm"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConversionError(f"{field}={getattr(self, field)!r} is not possible: give True or False.")
+        if not (isinstance(self.min_write_density, int | float) and 0 <= self.min_write_density <= 1):
             raise ConversionError(
                 f"min_write_density={self.min_write_density!r} is not possible: give a share of the cells, 0 to 1."
             )
         reach = self.weight_range
-        if reach is not None and not (0 < reach < math.inf and math.frexp(reach)[0] == 0.5):
+        if reach is not None and not (
+            isinstance(reach, int | float) and 0 < reach < math.inf and math.frexp(reach)[0] == 0.5
+        ):
             raise ConversionError(f"weight_range={reach!r} is not possible: give a power of two, or None.")
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memfit.errors import ConversionError
+from memfit.errors import ConversionError, TrainingError
 from memfit.gradients import steps
 from memfit.gradients.kronecker_sum import KroneckerSum
 from memfit.gradients.matrix_layer import WeightMatrix
@@ -54,6 +54,7 @@ class StreamingMatrix(WeightMatrix, Watcher):
 
     def __init__(self, weight: nn.Parameter, technique: StreamingLowRank, name: str) -> None:
         super().__init__()
+        weight.grad = None  # an optimizer would still apply an old one, past the cells
         self.period = technique.period
         self.max_norm = technique.max_norm
         self.min_write_density = technique.min_write_density
@@ -106,8 +107,15 @@ class StreamingMatrix(WeightMatrix, Watcher):
                 f"a gradient of {self.name} is not finite and was left out of its sum.", RuntimeWarning, stacklevel=2
             )
 
-    def watched(self) -> tuple[None, nn.Parameter]:
-        return None, self.effective()
+    def watched(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.effective(), self.effective()
+
+    def before_step(self) -> None:
+        if self.effective().grad is not None:
+            raise TrainingError(
+                f"the weight of {self.name} has a gradient that did not come through its layer, such as a penalty's: "
+                "StreamingLowRank writes weights by the sum of their layers' terms alone; leave the weight out of it."
+            )
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:

@@ -11,6 +11,7 @@ Source: Gural, Nadeau, Tikekar, Murmann, arXiv 2009.03887.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -45,6 +46,11 @@ class _StreamingBatchNorm(ConvertedLayer, _BatchNorm):
 
     @classmethod
     def obstacle(cls, layer: nn.Module, technique: Technique) -> str | None:
+        if cast("StreamingLowRank", technique).period == 1:
+            return (
+                "follows the samples with averages of about a period, and with period=1 would know the last one alone: "
+                "freeze it, or give a longer period"
+            )
         return None
 
     @classmethod
@@ -83,7 +89,12 @@ class _StreamingBatchNorm(ConvertedLayer, _BatchNorm):
         assert mean is not None
         assert variance is not None
         assert count is not None
+        if not x.numel():
+            return
         new_variance, new_mean = torch.var_mean(x.to(mean.dtype), (0, *range(2, x.dim())), correction=0)
+        if not bool((new_variance + new_mean).isfinite().all()):  # they would stay so for good
+            warnings.warn("an input of a batch norm is not finite and was left out.", RuntimeWarning, stacklevel=3)
+            return
         share = 1 / self.technique.period
         # Of means of squares, without the cancellation of large squares: the variance of a mixture of the two.
         variance.lerp_(new_variance, share).add_((new_mean - mean).square_(), alpha=share * (1 - share))

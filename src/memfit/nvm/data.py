@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memfit.errors import DataError, require
+from memfit.run.arrays import read_arrays
 
 _IDX = {
     "x_train": "train-images",
@@ -23,6 +23,7 @@ _IDX = {
 }
 _HELD_OUT_SHARE = 5
 _FEWEST = 20
+_MOST_AXES = 3
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def load_images(path: Path | None) -> Images:
         if path.is_dir():
             arrays = _read_idx_folder(path)
         elif path.suffix == ".npz":
-            arrays = _read_npz(path)
+            arrays = read_arrays(path, ("x_train", "y_train"), ("x_test", "y_test"))
         else:
             raise DataError(f"{path}: give an .npz file with x_train and y_train, or a folder of IDX files.")
     except FileNotFoundError as error:
@@ -86,18 +87,6 @@ def _scikit_learn_digits() -> Images:
     images = (digits.images * (255 / 16)).round().astype("uint8")
     arrays = {"x_train": images, "y_train": digits.target}
     return _images(arrays, "scikit-learn's digits", "scikit-learn's digits of 8 x 8 pixels, not MNIST")
-
-
-def _read_npz(path: Path) -> dict[str, numpy.ndarray]:
-    try:
-        with numpy.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _IDX if name in file}
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: this is no .npz file of plain arrays, or a damaged one.") from error
-    missing = [name for name in ("x_train", "y_train") if name not in arrays]
-    if missing:
-        raise DataError(f"{path}: there is no array {' and no '.join(missing)} in it.")
-    return arrays
 
 
 def _read_idx_folder(folder: Path) -> dict[str, numpy.ndarray]:
@@ -121,7 +110,12 @@ def _read_idx(path: Path) -> numpy.ndarray:
     sizes = (
         numpy.frombuffer(content[4 : 4 + 4 * axes], dtype=">u4").astype(int) if len(content) >= 4 + 4 * axes else None
     )
-    if content[:3] != b"\0\0\x08" or not axes or sizes is None or len(content) != 4 + 4 * axes + int(sizes.prod()):
+    if (
+        content[:3] != b"\0\0\x08"
+        or not 0 < axes <= _MOST_AXES
+        or sizes is None
+        or len(content) != 4 + 4 * axes + int(sizes.prod())
+    ):
         raise DataError(f"{path}: this is no IDX file of bytes, or a truncated one.")
     return numpy.frombuffer(content, dtype="uint8", offset=4 + 4 * axes).reshape(tuple(sizes))
 
@@ -140,7 +134,7 @@ def _images(arrays: dict[str, numpy.ndarray], where: str, name: str) -> Images:
         online, online_labels = train[first_online:], train_labels[first_online:]
         train, train_labels = train[:first_online], train_labels[:first_online]
     classes = 1 + int(max(train_labels.max(), online_labels.max()))
-    if classes < 2:
+    if len(train_labels.unique()) < 2:
         raise DataError(f"{where}: all images are of one class: there is nothing to tell apart.")
     size = f"{train.shape[-2]} x {train.shape[-1]}"
     description = f"{name}: {len(train):,} images of {size} to pretrain on, {len(online):,} others online."

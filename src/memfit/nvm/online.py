@@ -110,7 +110,7 @@ def learn_online(
                 on_chunk(run.done, run.recent_accuracy, run.worst[-1])
             if run.done % EVERY == 0 or run.done == samples or interrupts.signal is not None:
                 run.save()
-    if interrupts.signal is not None and run.done < samples:
+    if interrupts.signal is not None:
         raise InterruptedRun(interrupts.signal, run.done, samples, cast(Path, checkpoint))
     return run.record()
 
@@ -133,6 +133,10 @@ class _Run:
             raise DataError(
                 f"the stream ends after {self.done + len(labels):,} samples, and {samples:,} were asked for."
             )
+        finite = inputs[:count].flatten(1).isfinite().all(1)
+        if not bool(finite.all()):
+            number = self.done + 1 + int((~finite).nonzero()[0])
+            raise DataError(f"sample {number:,} of the stream is not finite (NaN or infinite).")
         started = time.perf_counter()
         for number in range(count):
             self.correct.append(self.learner.learn(inputs[number : number + 1], labels[number : number + 1]))

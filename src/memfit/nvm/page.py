@@ -62,7 +62,11 @@ def joules(value: float | None) -> str:
     if value == 0:
         return "0 J"
     power = min(len(_PREFIXES) - 1, max(0, math.ceil(-math.log10(value) / 3)))
-    return f"{value * 1000**power:.3g} {_PREFIXES[power]}J"
+    return f"{_three_digits(value * 1000**power)} {_PREFIXES[power]}J"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def lifetime(years: float) -> str:
@@ -71,7 +75,8 @@ def lifetime(years: float) -> str:
         return "no writes"
     for unit, per_year in (("years", 1.0), ("days", 365.25), ("hours", 8766.0), ("minutes", 525_960.0)):
         if years * per_year >= 1:
-            return f"{years * per_year:,.3g} {unit}" if years < 1e4 else f"{years:.1e} years"
+            count = _three_digits(years * per_year)
+            return f"{count} {unit.rstrip('s') if count == '1' else unit}" if years < 1e4 else f"{years:.1e} years"
     return "below a minute"
 
 
@@ -94,4 +99,4 @@ def _text(value: object) -> str:
         return "none"
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)[:60]
+    return f"{value:g}" if isinstance(value, float) else str(value)[:64]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memfit.convert import convert_
-from memfit.errors import MemfitError
+from memfit.errors import MemfitError, TrainingError
 from memfit.gradients.streaming_low_rank import StreamingLowRank
 from memfit.nvm.model import weight_layers
 from memfit.weights.cell_array import CellArray
@@ -54,8 +54,8 @@ class Rates:
 
     def __post_init__(self) -> None:
         for what, value in (("weights", self.weights), ("biases", self.biases)):
-            if not 0 <= value < math.inf:
-                raise MemfitError(f"the learning rate of the {what} must be a number from 0, not {value}.")
+            if not 0 <= value <= 1e6:
+                raise MemfitError(f"the learning rate of the {what} must be from 0 to 1,000,000, not {value:g}.")
 
 
 RATES: Mapping[Scheme, Rates] = {
@@ -96,6 +96,10 @@ class Learner:
         if not layers:
             raise MemfitError("the model has no nn.Conv2d and no nn.Linear, whose weights would be in the memory.")
         weights = {layer.weight for layer in layers}
+        if len(weights) < len(layers):
+            raise MemfitError(
+                "two layers of the model share one weight, and each weight is in cells of its own: untie it."
+            )
         others = [each for each in model.parameters() if each not in weights and each.requires_grad]
         _check_range(model, weights)
         self._optimizers: list[Optimizer] = []
@@ -139,13 +143,16 @@ class Learner:
             Whether the prediction was right.
 
         Raises:
-            TrainingError: a weight would become no number.
+            TrainingError: the loss is not finite, or a weight would become no number.
         """
         if not self._optimizers:
             with torch.no_grad():
                 return int(self.model(sample).argmax()) == int(label)
         logits = self.model(sample)
-        F.cross_entropy(logits, label).backward()
+        loss = F.cross_entropy(logits, label)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"the loss of {self.scheme!r} is not finite any more: lower the learning rates.")
+        loss.backward()
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -184,6 +191,14 @@ def _is(layer: nn.Module, name: str, module: nn.Module) -> bool:
 def _check_range(model: nn.Module, weights: set[Tensor]) -> None:
     _, low, high = BIASES
     for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise MemfitError(
+                f"the parameter {name!r} is of {parameter.dtype}: the simulation takes float32 or float64."
+            )
+        if not bool(parameter.detach().isfinite().all()):
+            raise MemfitError(f"the parameter {name!r} is not finite (NaN or infinite).")
+        if parameter in weights and not parameter.requires_grad:
+            raise MemfitError(f"the weight {name!r} is frozen: what is in cells learns; leave it trainable.")
         largest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
         if parameter not in weights and not largest < high:
             raise MemfitError(

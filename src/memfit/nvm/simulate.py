@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from memfit.errors import MemfitError
+from memfit.errors import ConversionError, MemfitError
+from memfit.files import check_writable
 from memfit.ledger.target import load_function
 from memfit.nvm.data import Images, load_images
 from memfit.nvm.figure import check_can_draw, draw
@@ -148,20 +151,21 @@ def simulate(
     check_can_draw()
     if not resume:
         results.refuse_earlier_results(out)
-        if (out / ONLINE).exists():
+        if os.path.isdir(out / ONLINE) and os.listdir(out / ONLINE):
             raise MemfitError(
                 f"{out} holds an earlier run's {ONLINE}: give another --out, or --resume to go on with that run."
             )
     images = load_images(config.data) if config.stream is None else None
     with _one_thread(), undisturbed():
         model, settings = _start(config, out, images, resume, say, progress)
+        streams = _streams(config, images)
         if config.model is not None:
-            _check_model(model, config.model, _stream(config, images, config.worlds[0]))
+            settings["first_samples_sha256"] = _check_model(config, model, streams[config.worlds[0]])
+        results.prepare(out / ONLINE)
         found = []
         for world in config.worlds:
-            stream = _stream(config, images, world)
             for scheme in config.schemes:
-                found.append(_run(config, out, model, stream, world, scheme, settings, resume, progress))
+                found.append(_run(config, out, model, streams[world], world, scheme, settings, resume, progress))
                 say(_in_words(found[-1]))
     report = NvmReport(
         config={**_origin(config), **settings},
@@ -195,6 +199,7 @@ def _start(
     else:
         assert images is not None
         results.prepare(out)
+        check_writable(out / FIGURE, "result", MemfitError)
         say(f"offline: {images.description}")
         checkpoint = out / results.CHECKPOINT
         model, result = pretrain(
@@ -209,7 +214,6 @@ def _start(
             raise InterruptedRun(result.signal, len(result.records), config.pretraining_steps, checkpoint)
         say("online: each image is predicted first, then learned from")
     settings["model_sha256"] = digest(tensor for _, tensor in sorted(model.state_dict().items()))
-    results.prepare(out / ONLINE)
     return model, settings
 
 
@@ -224,10 +228,7 @@ def _run(
     resume: bool,
     progress: bool,
 ) -> SchemeResult:
-    rates = config.rates(scheme)
-    # A model of the user's has weights of any size; the method's network has them in [-1, 1).
-    limit = LIMIT if config.model is None else None
-    learner = Learner(copy.deepcopy(model), scheme, rates, limit=limit, seed=config.seed, period=config.period)
+    rates, learner = config.rates(scheme), _learner(config, model, scheme)
     title = f"{world}, {scheme}"
     with Meter(title, config.samples, progress) as meter:
         record = learn_online(
@@ -246,22 +247,54 @@ def _run(
     return result_of(learner, record, world=world, seed=config.seed, rates=rates, technology=technology(config.memory))
 
 
+def _learner(config: NvmConfig, model: nn.Module, scheme: Scheme) -> Learner:
+    """A device that leaves the factory."""
+    # A model of the user's has weights of any size; the method's network has them in [-1, 1).
+    limit = LIMIT if config.model is None else None
+    return Learner(
+        copy.deepcopy(model), scheme, config.rates(scheme), limit=limit, seed=config.seed, period=config.period
+    )
+
+
 def _own_model(target: str) -> nn.Module:
     model = load_function(target)()
     if not isinstance(model, nn.Module):
         raise MemfitError(f"{target} must return a torch.nn.Module, not a {type(model).__name__}.")
+    if any(isinstance(each, UninitializedParameter) for each in model.parameters()):
+        raise MemfitError(f"the model of {target} has parameters without a size: let it see a sample before.")
     return model
 
 
-@torch.no_grad()
-def _check_model(model: nn.Module, target: str, stream: Stream) -> None:
-    """Find out before the run whether the model takes the stream's samples to logits of their labels."""
+def _check_model(config: NvmConfig, model: nn.Module, stream: Stream) -> str:
+    """Find out before the run whether every scheme takes the model, and the model the stream's samples.
+
+    Returns:
+        a digest of the first samples.
+    """
+    target = config.model
+    try:
+        copied = copy.deepcopy(model).eval()
+    except (RuntimeError, TypeError) as problem:
+        first = str(problem).partition("\n")[0]
+        raise MemfitError(
+            f"every device gets a copy of the model of {target}, which can't be copied: {first}"
+        ) from problem
     inputs, labels = stream.chunk(0)
-    if not len(labels):
-        return  # that a stream is too short is said where it ends
+    if len(labels):  # that a stream is too short is said where it ends
+        _check_sample(target, copied, stream, inputs, labels)
+    for scheme in config.schemes:
+        try:
+            _learner(config, model, scheme)
+        except ConversionError as problem:
+            raise MemfitError(f"the scheme {scheme!r} can't take the model of {target}: {problem}") from problem
+    return digest([inputs, labels])
+
+
+@torch.no_grad()
+def _check_sample(target: str | None, model: nn.Module, stream: Stream, inputs: Tensor, labels: Tensor) -> None:
     shape = tuple(inputs[:1].shape)
     try:
-        logits = copy.deepcopy(model).eval()(inputs[:1])
+        logits = model(inputs[:1])
     except (RuntimeError, ValueError, TypeError, IndexError) as problem:
         first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise MemfitError(f"the model of {target} can't take a sample of shape {shape}: {first}") from problem
@@ -270,18 +303,22 @@ def _check_model(model: nn.Module, target: str, stream: Stream) -> None:
             f"the model of {target} must take a sample of shape {shape} to logits (1, classes), not to "
             f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}."
         )
-    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+    classes = logits.shape[1]
+    if int(labels.max()) >= classes:
         raise MemfitError(
-            f"the model of {target} has {logits.shape[1]} classes, and the samples' labels are from "
-            f"{int(labels.min())} to {int(labels.max())}."
+            f"the model of {target} has {classes} classes, and the samples' labels are from {int(labels.min())} to "
+            f"{int(labels.max())}."
         )
+    if isinstance(stream, UserStream):
+        stream.expect(shape[1:], classes)
 
 
-def _stream(config: NvmConfig, images: Images | None, world: World) -> Stream:
+def _streams(config: NvmConfig, images: Images | None) -> dict[World, Stream]:
+    """What the device meets in each world."""
     if config.stream is not None:
-        return UserStream(load_function(config.stream), config.stream)
+        return dict.fromkeys(config.worlds, UserStream(load_function(config.stream), config.stream))
     assert images is not None
-    return ImageStream(images, world, config.seed, config.shift_every)
+    return {world: ImageStream(images, world, config.seed, config.shift_every) for world in config.worlds}
 
 
 def _describe(config: NvmConfig, images: Images | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -35,12 +36,17 @@ class UserStream:
         self._make, self._name = make, name
         self._iterator: Iterator[Sample] | None = None
         self._next = 0
+        self._expected: tuple[tuple[int, ...], int] | None = None
+
+    def expect(self, shape: tuple[int, ...], classes: int) -> None:
+        """From now on refuse samples of another shape, and labels outside of so many classes."""
+        self._expected = shape, classes
 
     def chunk(self, number: int) -> tuple[Tensor, Tensor]:
         """As :class:`Stream` says.
 
         Raises:
-            DataError: a sample is no (tensor, label), or of another shape than its neighbours.
+            DataError: a sample is no (tensor, label), of another shape than the others, or a label is no class.
         """
         if self._iterator is None or number != self._next:
             made = self._make()
@@ -54,6 +60,17 @@ class UserStream:
                 raise DataError(f"{self._name} must give pairs of a tensor and a label, not {type(sample).__name__}.")
         try:
             inputs = torch.stack([sample[0] for sample in samples]) if samples else torch.empty(0)
-            return inputs, torch.tensor([int(sample[1]) for sample in samples], dtype=torch.int64)
+            numbers = [float(sample[1]) for sample in samples]
         except (RuntimeError, ValueError, TypeError) as problem:
             raise DataError(f"{self._name}: its samples can't be put together: {problem}.") from problem
+        shape, classes = self._expected or (tuple(inputs.shape[1:]), math.inf)
+        if samples and tuple(inputs.shape[1:]) != shape:
+            raise DataError(
+                f"{self._name}: a sample of shape {tuple(inputs.shape[1:])} follows samples of shape {shape}."
+            )
+        bad = [label for label in numbers if not (0 <= label < classes and label.is_integer())]
+        if bad:
+            raise DataError(
+                f"{self._name}: {bad[0]:g} is no label: labels are whole numbers from 0, one for each class."
+            )
+        return inputs, torch.tensor(numbers, dtype=torch.int64)

@@ -28,8 +28,8 @@ WORLDS: tuple[World, ...] = get_args(World)
 CHUNK = 100  # samples that are made at once
 SHIFT_EVERY = 10_000
 DRIFT_EVERY = 10
-# What drift adds up to in a million samples: the noise's standard deviation in units of the weights, which are from -1
-# to 1, and the flips of each bit.
+# What drift adds up to in a million samples: the noise's standard deviation in units of the largest weight that a cell
+# holds, and the flips of each bit.
 _HORIZON = 1_000_000
 SIGMA = 10.0
 FLIPS = 10.0
@@ -98,7 +98,7 @@ def drift_(arrays: Iterable[CellArray], world: World, seed: int, sample: int) ->
     events = _HORIZON / DRIFT_EVERY
     for array in arrays:
         if world == "analog":
-            array.drift_analog_(SIGMA / math.sqrt(events), random)
+            array.drift_analog_(SIGMA * array.high / math.sqrt(events), random)
         else:
             array.drift_digital_(FLIPS / events, random)
 

@@ -20,13 +20,14 @@ class InterruptedRun(Exception):
     Attributes:
         signal: the number of the signal: SIGINT (Ctrl-C) or SIGTERM.
         step: steps done.
+        checkpoint: the file to go on from, where there is one.
     """
 
     def __init__(self, signal: int, step: int, steps: int, checkpoint: Path) -> None:
         last = f"the last checkpoint: {checkpoint}" if os.path.exists(checkpoint) else "there is no checkpoint yet"
         saved = f"after step {step} of {steps}; {last}"
         super().__init__("interrupted " + (saved if step else "before the first step"))
-        self.signal, self.step = signal, step
+        self.signal, self.step, self.checkpoint = signal, step, checkpoint
 
 
 @contextmanager

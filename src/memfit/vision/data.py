@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memfit.errors import DataError
+from memfit.run.arrays import read_arrays
 from memfit.run.held_out import hold_out
 from memfit.run.identity import digest
 from memfit.vision.images import SUFFIXES, decode_image, from_array, load_image, read_image
@@ -194,7 +193,7 @@ def _load_files(files: Sequence[_File], size: int, keep: bool) -> tuple[Images, 
 
 
 def _from_arrays(path: Path, size: int) -> ImageData:
-    arrays = _read_arrays(path)
+    arrays = read_arrays(path, _ARRAYS, ("classes",))
     x_train, x_test = (_checked_pixels(path, name, arrays[name]) for name in ("x_train", "x_test"))
     y_train, y_test = (_checked_labels(path, name, arrays[name]) for name in ("y_train", "y_test"))
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
@@ -218,24 +217,6 @@ def _from_arrays(path: Path, size: int) -> ImageData:
     test = _images_of("test", x_test, y_test, size, keep)
     parts = [torch.from_numpy(numpy.ascontiguousarray(array)) for array in (x_train, y_train, x_test, y_test)]
     return ImageData(classes, train, test, _describe(path, train, test, classes), digest((*classes, *parts)))
-
-
-def _read_arrays(path: Path) -> dict[str, numpy.ndarray]:
-    try:
-        with path.open("rb") as stream:
-            file = numpy.load(stream, allow_pickle=False)
-            if not isinstance(file, numpy.lib.npyio.NpzFile):
-                raise DataError(f"{path}: holds one array; save several, {', '.join(_ARRAYS)}, with numpy.savez.")
-            missing = [name for name in _ARRAYS if name not in file.files]
-            if missing:
-                raise DataError(
-                    f"{path}: has no array {' and no array '.join(missing)}; it has {', '.join(file.files)}."
-                )
-            return {name: file[name] for name in (*_ARRAYS, "classes") if name in file.files}
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise DataError(f"{path}: not an .npz file of plain arrays, or a damaged one; save it again.") from error
-    except MemoryError as error:
-        raise DataError(f"{path}: its arrays do not fit into memory; give a folder of images.") from error
 
 
 def _checked_pixels(path: Path, name: str, array: numpy.ndarray) -> numpy.ndarray:

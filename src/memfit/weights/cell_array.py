@@ -103,6 +103,8 @@ class CellArray(nn.Module):
             sigma: standard deviation, in units of the values.
             generator: on the cells' device; torch's own when None.
         """
+        if not 0 <= sigma < math.inf:
+            raise ValueError(f"sigma={sigma} is not possible: give a number from 0.")
         noise = torch.randn(self.values.shape, generator=generator, dtype=self.values.dtype, device=self.values.device)
         self.values.add_(noise, alpha=sigma).clamp_(self.low, self.high - self.step)
 
@@ -122,9 +124,9 @@ class CellArray(nn.Module):
         touched, place = (bits % cells if cells else bits).unique(return_inverse=True)
         mask = torch.zeros_like(touched).index_add_(0, place, 2 ** (bits // max(cells, 1)))
         lowest = round(self.low / self.step)
-        flat = self.values.view(-1)
-        codes = quantize(flat[touched], self.bits, self.low, self.high).div_(self.step).long() - lowest
-        flat[touched] = ((codes ^ mask) + lowest).to(self.values.dtype) * self.step
+        held = quantize(self.values.take(touched), self.bits, self.low, self.high)  # in whatever memory format
+        codes = held.div_(self.step).long() - lowest
+        self.values.put_(touched, ((codes ^ mask) + lowest).to(self.values.dtype) * self.step)
 
     @staticmethod
     def _run(whole: Tensor, part: Tensor, start: int) -> Tensor:
