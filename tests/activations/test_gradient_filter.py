@@ -64,7 +64,7 @@ def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int, ap
     is_wide = kernel > 1 and kernel % 2 == 1 and dilation >= patch * stride
     step = round(dilation / (patch * stride)) if is_wide else 0
     taps: list[dict[int, float]] = [{step * (j - kernel // 2): 1} for j in range(kernel)]
-    if apart and kernel > 1:
+    if apart and kernel > 1 and not is_wide:
         width = patch * stride
         for j in range(kernel):
             # Where the pixels lie, on the mean, that tap j of the first patch of y reads.

@@ -13,7 +13,8 @@ more apart (a dilation of p s or more), they are kept apart: there the products 
 
 All taps can be kept apart: a tap whose pixels lie, on the mean, a patches from those that its patch of y is centred on
 (a = (j - (k - 1) / 2) d / (p s) for tap j of k) reads X between the patches floor(a) and floor(a) + 1 away, linearly:
-what a convolution of maps that are constant on patches reads. With A (taps x patches, for each axis) those shares,
+for s = 1 what a convolution of maps that are constant on patches reads. Beyond the outermost patches is zero. With A
+(taps x patches, for each axis) those shares,
 
     grad_w = A1 C A2^T     where C is the weight gradient of a convolution of G and X with A's patches as its taps
     grad_x                 is its input gradient, with the kernel A1^T w A2
@@ -101,12 +102,13 @@ def _plan_axis(
     # So that both patches have one centre, to the pixel: halves towards 0.
     origin = int((dilation * (kernel - 1) + 1 - stride) / 2 - padding)
     cuts = Cut(size, width, patches, origin, every), Cut(outputs, patch, patches)
-    if apart and kernel > 1:
+    is_wide = kernel % 2 == 1 and kernel > 1 and dilation >= width  # taps that are apart anyway, and far
+    if apart and kernel > 1 and not is_wide:
         # Of what a tap reads, the centre less that of the patch of x, in patches.
         centre = padding + origin + (stride - 1) / 2
         shares = shares_between([(tap * dilation - centre) / width for tap in range(kernel)])
         return *cuts, 1, shares, stride
-    shift = round(dilation / width) if kernel % 2 and kernel > 1 and dilation >= width else 0
+    shift = round(dilation / width) if is_wide else 0
     return *cuts, shift, None, stride
 
 

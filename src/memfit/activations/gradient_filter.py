@@ -115,8 +115,10 @@ class GradientFilter(Technique):
         patch: width and height of a patch in pixels of the layer's output; on smaller maps it is the whole map. Along
             an axis where the kernel is dilated by a patch or more, its taps keep gradients of their own.
         taps: ``"summed"`` is the paper's: one number of x and of the gradient for all taps of a kernel. ``"apart"``
-            lets each tap read between patches where it lies: nearer to the exact gradients, nine times the products for
-            a 3 x 3 kernel, and as little is kept.
+            lets each tap read between patches where it lies: often nearer to the exact gradients, nine times the
+            products for a 3 x 3 kernel, and as little is kept. Pixels outside of all patches count as zero, which is
+            wrong for convolutions with less padding than half a kernel, or with other padding than zeros. ``native``
+            is then of use to 1 x 1 kernels alone.
         native: let a C++ operator do it, on the CPU in float32 or float64; all else goes the usual way. It is compiled
             on first use, which takes a compiler, ninja and about a minute, and pays for small maps, where the time of
             backward goes into calling torch.

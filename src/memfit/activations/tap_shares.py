@@ -1,7 +1,8 @@
 """Taps of a kernel that lie between patches: each reads the two patches around it, in shares that add up to one.
 
 A map that is constant on patches, read at a distance of a patches from their centres and averaged over a patch, gives
-the patches floor(a) and floor(a) + 1 away in the shares 1 - (a - floor(a)) and a - floor(a).
+the patches floor(a) and floor(a) + 1 away in the shares 1 - (a - floor(a)) and a - floor(a). With a stride, which reads
+some of the pixels, that is an approximation.
 """
 
 from __future__ import annotations

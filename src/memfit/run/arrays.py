@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import tokenize
 import zipfile
 import zlib
@@ -37,7 +38,15 @@ def read_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = ())
                     f"{path}: has no array {' and no array '.join(missing)}; it has {', '.join(file.files)}."
                 )
             arrays = {name: file[name] for name in (*needed, *optional) if name in file.files}
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
+    except (
+        ValueError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        tokenize.TokenError,
+    ) as error:
         raise DataError(damaged) from error
     except RuntimeError as error:  # encrypted, or of a compression that Python does not know
         raise DataError(damaged) from error
