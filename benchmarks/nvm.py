@@ -15,6 +15,7 @@ Goals: low rank with max-norm at least as accurate at the end as SGD in every wo
 that drift, with at most a thousandth of the writes of SGD's worst cell.
 
     python benchmarks/nvm.py --data MNIST [--samples 20000] [--jobs 2]
+    python benchmarks/nvm.py --data MNIST --speed
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -38,8 +40,8 @@ from memfit.nvm.model import LIMIT, CharacterNet
 from memfit.nvm.online import learn_online
 from memfit.nvm.pretrain import pretrain
 from memfit.nvm.run_report import SchemeResult, result_of
-from memfit.nvm.schemes import RANK, SCHEMES, Learner, Rates, Scheme
-from memfit.nvm.worlds import WORLDS, ImageStream, World
+from memfit.nvm.schemes import RANK, RATES, SCHEMES, Learner, Rates, Scheme
+from memfit.nvm.worlds import CHUNK, WORLDS, ImageStream, World, drift_
 from memfit.weights.cell_report import CellReport
 from memfit.weights.technology import TECHNOLOGIES
 
@@ -114,9 +116,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000, help="of each run (default 20,000)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default 2)")
     parser.add_argument("--work", type=Path, default=Path("build/nvm"), help="folder of the trained networks")
+    parser.add_argument("--speed", action="store_true", help="time a sample of each scheme, in turn, and nothing else")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.speed:
+        found["milliseconds_per_sample"] = speed(options.data, options.work)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        return
     runs: dict[str, dict[str, Any]] = found.get("runs", {})
     sweep: dict[str, float] = found.get("sweep", {})
 
@@ -186,6 +193,32 @@ def main() -> None:
     PICTURE.write_text(draw([as_result(run) for run in chosen.values()]))
 
 
+def speed(data: Path, work: Path, chunks: int = 10) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a sample, of blocks of 100: each scheme in turn in one process, at its own rates."""
+    torch.set_num_threads(1)
+    setting = Setting(data, work, "control", "inference", 0, 0)
+    offline(setting)
+    images, medians = load_images(data), {}
+    for world in WORLDS:
+        learners = {}
+        for scheme in SCHEMES:
+            model = CharacterNet(images.size, images.classes)
+            model.load_state_dict(checkpoint.load(work / "0.safetensors"))  # type: ignore[arg-type]
+            learners[scheme] = Learner(model, scheme, RATES[scheme], limit=LIMIT, seed=0)
+        stream, taken = ImageStream(images, world, 0, CHUNK), {scheme: [] for scheme in SCHEMES}  # type: ignore[var-annotated]
+        for number in range(chunks):
+            inputs, labels = stream.chunk(number)
+            for scheme, learner in learners.items():
+                started = perf_counter()
+                for index in range(CHUNK):
+                    learner.learn(inputs[index : index + 1], labels[index : index + 1])
+                    drift_(learner.arrays, world, 0, number * CHUNK + index + 1)
+                taken[scheme].append((perf_counter() - started) / CHUNK * 1e3)
+        medians[world] = {scheme: median(each) for scheme, each in taken.items()}
+        print(world, {scheme: round(each, 2) for scheme, each in medians[world].items()}, flush=True)
+    return medians
+
+
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Of each world and scheme the means over the seeds, and writes as shares of SGD's."""
     found: dict[str, Any] = {}
@@ -225,10 +258,12 @@ def write(
         "torch": torch.__version__,
     }
     settings = best and {scheme: dict(zip(("lr", "bias_lr", "period"), of, strict=True)) for scheme, of in best.items()}
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     content = {
         "about": about,
         "settings": settings,
         "summary": summary(list(runs.values())) if best else None,
+        "milliseconds_per_sample": before.get("milliseconds_per_sample"),
         "sweep": dict(sorted(sweep.items())),
         "runs": dict(sorted(runs.items())),
     }
