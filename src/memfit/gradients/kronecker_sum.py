@@ -15,75 +15,20 @@ arXiv 2009.03887; Benzing et al., "Optimal Kronecker-Sum Approximation of Real T
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memfit.gradients.mixing import NEGLIGIBLE, biased_mixing, random_signs, unbiased_mixing
+from memfit.gradients.mixing import biased_mixing, random_signs, unbiased_mixing
+from memfit.gradients.reduction import Mixing, reduce_matrix, reduce_product
 
-Mixing = Callable[[Sequence[float]], list[list[float]]]
 _LARGEST = 2**15 - 1  # of 16 bits with a sign
-
-
-def reduce_product(left: Tensor, right: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
-    """Fewer terms for the sum of outer products ``left^T right``, all of them as rows, as layers have them.
-
-    Args:
-        left: (q, n), float32 or float64.
-        right: (q, m), of its dtype.
-        mixing: gives M (p x r), as rows, for p = min(n, m, q) singular values, largest first.
-
-    Returns:
-        (r, n) and (r, m), or None when a number is not finite.
-    """
-    if min(left.shape[1], right.shape[1]) <= left.shape[0]:
-        return reduce_matrix(left.t() @ right, mixing)
-    left_basis, left_triangle = torch.linalg.qr(left.t())
-    right_basis, right_triangle = torch.linalg.qr(right.t())
-    core = (left_triangle @ right_triangle.t()).cpu()  # small, and then quicker there than on a GPU
-    try:
-        u, values, v = torch.linalg.svd(core)
-    except torch.linalg.LinAlgError:  # what torch says of NaN
-        return None
-    numbers = values.tolist()
-    if not math.isfinite(sum(numbers)):
-        return None
-    mixed = torch.from_numpy(numpy.array(mixing(numbers))).to(core).t()
-    return (mixed @ u.t()).to(left.device) @ left_basis.t(), (mixed @ v).to(right.device) @ right_basis.t()
-
-
-def reduce_matrix(matrix: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
-    """The same for a matrix (n, m) of which one side is short: p = min(n, m) singular values.
-
-    They are the roots of the eigenvalues of its product with itself, in float64, which is much quicker than its own
-    decomposition, and right to 1e-8 of the largest.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        factors = reduce_matrix(matrix.t(), mixing)
-        return None if factors is None else factors[::-1]
-    wide = matrix.double()
-    try:
-        squares, basis = torch.linalg.eigh((wide @ wide.t()).cpu())
-    except torch.linalg.LinAlgError:
-        return None
-    ascending = squares.tolist()
-    if not math.isfinite(sum(ascending)):
-        return None
-    values = [math.sqrt(max(square, 0.0)) for square in reversed(ascending)]
-    rows = mixing(values)
-    # Row i of basis^T matrix is s_i v_i^T; values that count as zero have no direction.
-    least = NEGLIGIBLE * values[0]
-    rows = [row if value > least else [0.0] * len(row) for row, value in zip(rows, values, strict=True)]
-    others = [[x / value for x in row] if value > least else row for row, value in zip(rows, values, strict=True)]
-    both = numpy.array([row + other for row, other in zip(rows, others, strict=True)][::-1])
-    mixed = (basis @ torch.from_numpy(both)).to(matrix).t()
-    rank = len(rows[0])
-    return mixed[:rank], mixed[rank:] @ matrix
+_SMALL = 2**13  # numbers of a block of terms: up to here NumPy is quicker, and what it takes is next to nothing
 
 
 class KroneckerSum(nn.Module):
@@ -159,7 +104,7 @@ class KroneckerSum(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
-        left, right = self._stored()
+        left, right, *_ = self._stored()
         return left.shape[1], right.shape[1]
 
     @property
@@ -192,56 +137,50 @@ class KroneckerSum(nn.Module):
 
     def add_rows(self, left: Tensor, right: Tensor) -> bool:
         """Add ``left^T right``, for (b, rows) and (b, columns), as layers have them; see :meth:`add`."""
-        device = left.device.type
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):  # which would round products
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                return self.add_rows(left, right)
-        left, right = left.to(self.dtype), right.to(self.dtype)
-        if self.takes_matrix and self.rank + len(left) >= min(self.shape):
-            return self.add_matrix(left.t() @ right)
-        if len(left) <= self.block:
-            return self._add_block(left, right)
-        blocks = zip(left.split(self.block), right.split(self.block), strict=True)
-        return min([self._add_block(*block) for block in blocks])
+        with _exactly(left.device.type):
+            left, right = left.to(self.dtype), right.to(self.dtype)
+            if self.takes_matrix and self.rank + len(left) >= min(self.shape):
+                return self.add_matrix(left.t() @ right)
+            if len(left) <= self.block:
+                return self._add_block(left, right)
+            blocks = zip(left.split(self.block), right.split(self.block), strict=True)
+            return min([self._add_block(*block) for block in blocks])
 
     def add_matrix(self, matrix: Tensor) -> bool:
         """Add a whole matrix (rows, columns), for those who have one anyway; see :meth:`add`."""
-        device = matrix.device.type
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                return self.add_matrix(matrix)
-        left, right = self._rows()
-        total = torch.addmm(matrix.to(self.dtype), left.t(), right)
-        return self._keep(reduce_matrix(total, self._mixing(min(total.shape))))
+        with _exactly(matrix.device.type):
+            left, right, more = self._arrays(matrix.numel(), matrix)
+            return self._keep(reduce_matrix(more + left.T @ right, self._mixing(min(more.shape))))
 
     def _add_block(self, left: Tensor, right: Tensor) -> bool:
-        mine, yours = self._rows()
-        lefts, rights = torch.cat((mine, left)), torch.cat((yours, right))
-        return self._keep(reduce_product(lefts, rights, self._mixing(min(len(lefts), *self.shape))))
+        count = self.rank + len(left)
+        mine, yours, *more = self._arrays(count * sum(self.shape), left, right)
+        join = torch.cat if isinstance(mine, Tensor) else np.concatenate
+        lefts, rights = join((mine, more[0])), join((yours, more[1]))
+        return self._keep(reduce_product(lefts, rights, self._mixing(min(count, *self.shape))))
+
+    def _arrays(self, numbers: int, *terms: Tensor) -> list[Any]:
+        """The factors and more, of :attr:`dtype`, as what is quicker: NumPy arrays, or tensors where it is much."""
+        held, same = self._stored(), [each.to(self.dtype) for each in terms]
+        if numbers > _SMALL or not held[0].is_cpu:
+            return [*_rows(*held), *same]
+        return [*_rows(*(each.numpy() for each in held)), *(each.detach().numpy() for each in same)]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L (rows, r) and R (columns, r), of :attr:`dtype`."""
-        left, right = self._rows()
+        left, right = _rows(*self._stored())
         return left.t(), right.t()
 
     def matrix(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The sum (rows, columns), or some rows of it."""
-        left, right = self._rows()
-        return left[:, start:stop].t() @ right
+        left, right = _rows(*self._stored())
+        product: Tensor = left[:, start:stop].t() @ right
+        return product
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        left, right = self._stored()
-        if self.scales is None:
-            return left, right
-        of_left, of_right = self.scales.tolist()
-        return left.to(self.dtype).mul_(of_left), right.to(self.dtype).mul_(of_right)
-
-    def _stored(self) -> tuple[Tensor, Tensor]:
+    def _stored(self) -> list[Tensor]:
+        """The factors, and the scales of 16-bit ones."""
         # Not by attribute, which is slow in a module.
-        left, right = self._buffers["left"], self._buffers["right"]
-        assert left is not None
-        assert right is not None
-        return left, right
+        return [each for each in self._buffers.values() if each is not None]
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -255,18 +194,16 @@ class KroneckerSum(nn.Module):
         self.draws += 1
         return partial(unbiased_mixing, rank=self.rank, signs=random_signs(self.seed, self.draws, count))
 
-    def _keep(self, factors: tuple[Tensor, Tensor] | None) -> bool:
+    def _keep(self, factors: tuple[Any, Any] | None) -> bool:
         if factors is None:
             return False
-        left, right = self._stored()
-        if self.scales is not None:
-            smallest = torch.finfo(self.dtype).tiny
-            largest = [max(float(each), smallest) for each in torch._foreach_norm(factors, math.inf)]
-            self.scales.copy_(self.scales.new_tensor(largest).div_(_LARGEST))
-            torch._foreach_mul_(factors, [_LARGEST / each for each in largest])
-            torch._foreach_round_(factors)
-        left.copy_(factors[0])
-        right.copy_(factors[1])
+        held: list[Any] = [each if isinstance(factors[0], Tensor) else each.numpy() for each in self._stored()]
+        for number, factor in enumerate(factors):
+            if self.bits:
+                largest = max(float(abs(factor).max()), torch.finfo(self.dtype).tiny)
+                held[2][number] = largest / _LARGEST
+                factor = (factor * (_LARGEST / largest)).round()
+            held[number][:] = factor
         return True
 
     def get_extra_state(self) -> Tensor:
@@ -278,3 +215,18 @@ class KroneckerSum(nn.Module):
     def extra_repr(self) -> str:
         kind = "unbiased" if self.unbiased else "biased"
         return f"{self.shape[0]}, {self.shape[1]}, rank={self.rank}, {kind}" + (", 16 bits" if self.bits else "")
+
+
+def _rows(left: Any, right: Any, scales: Any = None) -> tuple[Any, Any]:
+    """The numbers that what is stored stands for."""
+    return (left, right) if scales is None else (left * scales[0], right * scales[1])
+
+
+@contextmanager
+def _exactly(device: str) -> Iterator[None]:
+    """Without a graph, and without autocast, which would round products."""
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
