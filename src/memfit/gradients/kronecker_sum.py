@@ -200,7 +200,7 @@ class KroneckerSum(nn.Module):
         held: list[Any] = [each if isinstance(factors[0], Tensor) else each.numpy() for each in self._stored()]
         for number, factor in enumerate(factors):
             if self.bits:
-                largest = max(float(abs(factor).max()), torch.finfo(self.dtype).tiny)
+                largest = max(float(abs(factor).max()), _LARGEST * torch.finfo(self.dtype).tiny)
                 held[2][number] = largest / _LARGEST
                 factor = (factor * (_LARGEST / largest)).round()
             held[number][:] = factor

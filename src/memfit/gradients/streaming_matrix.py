@@ -117,21 +117,31 @@ class StreamingMatrix(WeightMatrix, Watcher):
                 "StreamingLowRank writes weights by the sum of their layers' terms alone; leave the weight out of it."
             )
 
-    @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _refuse_several_processes(torch.distributed.get_world_size())
         self.samples += 1
         if self.samples % self.period == 0 and self._write(_learning_rate(self.effective(), optimizer)):
             self.terms.reset()
             self.samples = 0
 
+    @torch.no_grad()
     def _write(self, lr: float) -> bool:
         """Apply the sum, if enough cells change by it; whether it was."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _refuse_several_processes(torch.distributed.get_world_size())
         self.attempts += 1
         size = lr * math.sqrt(self.samples / self.period) / self.samples
+        blocks = self._blocks()
+        whole = self.terms.matrix() if len(blocks) == 1 else None
+
+        def part(rows: tuple[int, int]) -> Tensor:
+            return self.terms.matrix(*rows) if whole is None else whole
+
+        def wanted(rows: tuple[int, int]) -> Tensor:  # without quantization
+            now = self.effective()[slice(*rows)]
+            return now - (part(rows) * size).view(now.shape)
+
         if self.max_norm:
-            largest = max(float(self.terms.matrix(*rows).abs().max()) for rows in self._blocks())
+            largest = max(float(part(rows).abs().max()) for rows in blocks)
             divisor, self.average = max_norm(largest / self.samples, self.average, self.attempts)
             size /= divisor
         if self.cells is None:
@@ -139,20 +149,17 @@ class StreamingMatrix(WeightMatrix, Watcher):
             if self.weight.is_contiguous() and self.weight.dtype == left.dtype:
                 self.weight.view(self.terms.shape).addmm_(left, right.t(), alpha=-size)  # no copy of the weight
             else:
-                for rows in self._blocks():
-                    self.weight[slice(*rows)].copy_(self._wanted(size, *rows))
+                for rows in blocks:
+                    self.weight[slice(*rows)].copy_(wanted(rows))
             return True
-        changing = sum(self.cells.would_change(self._wanted(size, *rows), rows[0]) for rows in self._blocks())
-        if changing < max(1, self.min_write_density * self.cells.values.numel()):
+        needed = max(1, math.ceil(self.min_write_density * self.cells.values.numel()))
+        if len(blocks) == 1:
+            return self.cells.write_(wanted(blocks[0]), at_least=needed) > 0
+        if sum(self.cells.would_change(wanted(rows), rows[0]) for rows in blocks) < needed:
             return False
-        for rows in self._blocks():
-            self.cells.write_(self._wanted(size, *rows), rows[0])
+        for rows in blocks:
+            self.cells.write_(wanted(rows), rows[0])
         return True
-
-    def _wanted(self, size: float, start: int, stop: int) -> Tensor:
-        """Rows of the weight as it would be without quantization."""
-        now = self.effective()[start:stop]
-        return now - self.terms.matrix(start, stop).view(now.shape).mul_(size)
 
     def _blocks(self) -> list[tuple[int, int]]:
         """Runs of rows, each no larger than the workspace of an addition."""

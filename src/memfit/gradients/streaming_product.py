@@ -13,18 +13,19 @@ from memfit.gradients.convolution import Geometry
 from memfit.gradients.kronecker_sum import KroneckerSum
 from memfit.weights.quantize import quantize
 
+Wanted = tuple[bool, bool, bool]
+"""Which gradients are wanted: of the input, of the weight, of the bias."""
+
 
 class Operator(Protocol):
     """What a layer computes with its weight, and the gradients of that."""
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
-    def input_gradient(self, d: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
-
-    def bias_gradient(self, d: Tensor) -> Tensor: ...
-
-    def add_terms(self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor) -> bool:
-        """Add the weight's gradient to ``total``; whether it was finite."""
+    def gradients(
+        self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor, wanted: Wanted
+    ) -> tuple[Tensor | None, bool, Tensor | None]:
+        """The input's gradient; add the weight's to ``total``, and whether that was finite; the bias's gradient."""
         ...
 
 
@@ -34,14 +35,11 @@ class Linear(NamedTuple):
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def input_gradient(self, d: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return d @ weight
-
-    def bias_gradient(self, d: Tensor) -> Tensor:
-        return d.sum(0)
-
-    def add_terms(self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor) -> bool:
-        return total.add_rows(d, x)
+    def gradients(
+        self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor, wanted: Wanted
+    ) -> tuple[Tensor | None, bool, Tensor | None]:
+        finite = total.add_rows(d, x) if wanted[1] else True
+        return d @ weight if wanted[0] else None, finite, d.sum(0) if wanted[2] else None
 
 
 class Convolution(NamedTuple):
@@ -52,22 +50,20 @@ class Convolution(NamedTuple):
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(x, weight, bias, *self.by.arguments)
 
-    def input_gradient(self, d: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return self._backward(d, x, weight, (True, False, False))[0]
-
-    def bias_gradient(self, d: Tensor) -> Tensor:
-        return d.sum((0, 2, 3))
-
-    def add_terms(self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor) -> bool:
-        if total.takes_matrix:  # then the gradient is no larger than a block of terms would be
-            return total.add_matrix(self._backward(d, x, weight, (False, True, False))[1].flatten(1))
+    def gradients(
+        self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor, wanted: Wanted
+    ) -> tuple[Tensor | None, bool, Tensor | None]:
+        whole = wanted[1] and total.takes_matrix  # then the gradient is no larger than a block of terms would be
+        mask = (wanted[0], whole, wanted[2])
+        sizes = [len(weight)] if wanted[2] else None
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(d, x, weight, sizes, *self.by.arguments, mask)
         finite = True
-        for some, patches in self._terms(d, x, (weight.shape[2], weight.shape[3]), total.block):
-            finite &= total.add_rows(some, patches)
-        return finite
-
-    def _backward(self, d: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-        return torch.ops.aten.convolution_backward(d, x, weight, None, *self.by.arguments, mask)
+        if whole:
+            finite = total.add_matrix(dweight.flatten(1))
+        elif wanted[1]:
+            for some, patches in self._terms(d, x, (weight.shape[2], weight.shape[3]), total.block):
+                finite &= total.add_rows(some, patches)
+        return dx, finite, dbias
 
     def _terms(self, d: Tensor, x: Tensor, kernel: tuple[int, int], block: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(b, C_out) and (b, C_in taps) for up to ``block`` pixels at a time, all of one image."""
@@ -156,15 +152,11 @@ class _Streaming(torch.autograd.Function):
     def _gradients(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         operator, total, note, gradient_levels = ctx.rest
-        dx = dbias = None
         if gradient_levels is not None:
             d = quantize(d, *gradient_levels)
-        weight = weight.to(d.dtype)
-        if ctx.needs_input_grad[0]:
-            dx = operator.input_gradient(d, x, weight)
-        if ctx.needs_input_grad[2]:
-            dbias = operator.bias_gradient(d).to(ctx.bias_dtype)
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         # In a few bits, a sample that the model is sure of has no gradient at all.
-        if ctx.needs_input_grad[1] and bool(d.any()):
-            note(operator.add_terms(total, d, x, weight))
-        return dx, None, dbias, None, None, None, None
+        wanted = (of_x, of_weight and bool(d.any()), of_bias)
+        dx, finite, dbias = operator.gradients(total, d, x, weight.to(d.dtype), wanted)
+        note(finite)
+        return dx, None, None if dbias is None else dbias.to(ctx.bias_dtype), None, None, None, None

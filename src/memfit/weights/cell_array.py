@@ -63,12 +63,13 @@ class CellArray(nn.Module):
         return f"{tuple(self.values.shape)}, bits={self.bits}, range=[{self.low:g}, {self.high:g})"
 
     @torch.no_grad()
-    def write_(self, values: Tensor, start: int = 0) -> int:
+    def write_(self, values: Tensor, start: int = 0, at_least: int = 1) -> int:
         """Write new values, quantized, to the cells whose level they change.
 
         Args:
             values: of the cells' shape; fewer along the first axis are for the cells from ``start`` on.
             start: the first of the cells along the first axis.
+            at_least: nothing is written when fewer cells would be.
 
         Returns:
             How many cells were written.
@@ -76,18 +77,18 @@ class CellArray(nn.Module):
         Raises:
             TrainingError: a value is not a number; nothing is written then. Infinite ones are the range's ends.
         """
-        target, changed = self._changes(values, start)
-        count = int(changed.count_nonzero())
-        if count:
-            held, writes = self._run(self.values, values, start), self._run(self.writes, values, start)
-            torch.where(changed, target, held, out=held)
-            writes.add_(changed)
+        levels, changed, count = self._changes(values, start)
+        if count < max(at_least, 1):
+            return 0
+        held, writes = self._run(self.values, values, start), self._run(self.writes, values, start)
+        torch.where(changed, levels.mul_(self.step), held, out=held)
+        writes.add_(changed)
         return count
 
     @torch.no_grad()
     def would_change(self, values: Tensor, start: int = 0) -> int:
         """How many cells :meth:`write_` would write; raises as it does."""
-        return int(self._changes(values, start)[1].count_nonzero())
+        return self._changes(values, start)[2]
 
     def count_read_(self, times: int = 1) -> None:
         """Note that all cells were read: a forward pass reads them once, and a backward pass to the input once more."""
@@ -133,16 +134,19 @@ class CellArray(nn.Module):
         """What ``part`` is for, along the first axis; a shape that does not fit is not seen to here."""
         return whole[start : start + len(part)] if whole.dim() and part.dim() else whole
 
-    def _changes(self, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """The values on their levels, and where these differ from the cells' levels."""
+    def _changes(self, values: Tensor, start: int) -> tuple[Tensor, Tensor, int]:
+        """The levels of the values, in steps; where these differ from the cells' levels; and at how many cells."""
         held = self._run(self.values, values, start)
         if values.shape != held.shape:
             raise ValueError(f"values {tuple(values.shape)} are not of the cells' shape {tuple(self.values.shape)}.")
-        target = quantize(values.to(self.values.dtype), self.bits, self.low, self.high)
-        if bool(target.sum().isnan()):
-            raise TrainingError("a weight that is to be written is not a number: lower the learning rate.")
+        lowest, highest = self.low / self.step, self.high / self.step - 1
+        levels = values.to(self.values.dtype).mul(1 / self.step).round_().clamp_(lowest, highest)
         # A drifted cell lies between levels; rewriting it with the level it is read as would change nothing.
-        return target, target != quantize(held, self.bits, self.low, self.high)
+        changed = levels != held.mul(1 / self.step).round_()
+        count = int(changed.count_nonzero())
+        if count and bool(levels.sum().isnan()):  # which no cell's level is equal to
+            raise TrainingError("a weight that is to be written is not a number: lower the learning rate.")
+        return levels, changed, count
 
 
 def successes(

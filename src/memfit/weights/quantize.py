@@ -7,12 +7,14 @@ Zero is a level, and ``high`` itself is not, as in two's complement: 8 bits over
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@cache
 def step_of(bits: int, low: float, high: float) -> float:
     """The distance between two levels.
 
@@ -32,7 +34,7 @@ def step_of(bits: int, low: float, high: float) -> float:
     return step
 
 
-def quantize(x: Tensor, bits: int, low: float, high: float) -> Tensor:
+def quantize(x: Tensor, bits: int, low: float, high: float, before: float = 1.0, after: float = 1.0) -> Tensor:
     """The nearest levels, those outside of the range at its ends; of two that are as near, the even one.
 
     Args:
@@ -40,6 +42,8 @@ def quantize(x: Tensor, bits: int, low: float, high: float) -> Tensor:
         bits: of a level, 1 to 16.
         low: the lowest level, 0 or below.
         high: one step above the highest level.
+        before: a power of two that ``x`` is multiplied by before.
+        after: a power of two that the levels are multiplied by.
 
     Returns:
         A new tensor of the same shape and dtype.
@@ -48,7 +52,7 @@ def quantize(x: Tensor, bits: int, low: float, high: float) -> Tensor:
         ValueError: bits or range cannot be had; see :func:`step_of`.
     """
     step = step_of(bits, low, high)
-    return x.mul(1 / step).round_().clamp_(low / step, high / step - 1).mul_(step)
+    return x.mul(before / step).round_().clamp_(low / step, high / step - 1).mul_(step * after)
 
 
 def fake_quantize(x: Tensor, bits: int, low: float, high: float) -> Tensor:

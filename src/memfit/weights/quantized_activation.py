@@ -1,6 +1,6 @@
 """The rectifier between two quantized layers: activations are quantized on their way on, gradients on their way back.
 
-    a = scale * Q_a(max(z, 0))        dz = Q_g(scale * da  where z is in the range of Q_a, else 0)
+    a = scale * Q_a(max(z, 0))        dz = Q_g(scale * da)  where z is inside of the range of Q_a, else 0
 
 ``scale`` is a power of two, as a shifter does it: that of the layer which reads ``a``, so that the layer's weights fill
 the range of their cells whatever its width.
@@ -65,14 +65,13 @@ class QuantizedLogits(nn.Module):
 class _Rectified(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, scale: float, gradients: bool) -> Tensor:
-        _, low, high = ACTIVATIONS
         ctx.scale, ctx.gradients = scale, gradients
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((z > low) & (z <= high))
-        return quantize(z, *ACTIVATIONS).mul_(scale)
+        ctx.save_for_backward(z)
+        return quantize(z, *ACTIVATIONS, after=scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        gradient = gradients[0] * ctx.scale
-        return (quantize(gradient, *GRADIENTS) if ctx.gradients else gradient).mul_(inside), None, None
+        (z,), (g,) = ctx.saved_tensors, gradients
+        scaled = quantize(g, *GRADIENTS, before=ctx.scale) if ctx.gradients else g * ctx.scale
+        # In one operator: zero where z is 0 or less, or the end of the range or more.
+        return torch.ops.aten.hardtanh_backward(scaled, z, *ACTIVATIONS[1:]), None, None
