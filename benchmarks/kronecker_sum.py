@@ -9,7 +9,7 @@ forward, backward, sums and optimizer, in turn with the reference of the tests, 
 method is written down, and with dense gradients. All samples are wrongly labelled, so that none is without a gradient.
 
 Memory: what `memfit.ledger` sees of Linear layers from 10 x 10 to 2048 x 2048, of one sample and of a batch: the sums
-between steps, and what an addition takes beside them.
+between steps, and what an addition takes beside them, with NumPy's arrays and Python's own objects (some kilobytes).
 
     python benchmarks/kronecker_sum.py [--rounds 60]
 """
@@ -22,6 +22,7 @@ import json
 import math
 import platform
 import statistics
+import tracemalloc
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,6 +42,7 @@ RESULTS = HERE / "results" / "kronecker_sum.json"
 DRAWS, RANK, BLOCK, SPEED_GOAL = 10_000, 4, 32, 20.0
 # rows, columns, rank, terms of each addition
 SHAPES = [(8, 9, 2, (6,)), (10, 64, 4, (1,) * 6), (16, 144, 4, (49,)), (40, 60, 4, (10, 10)), (3, 50, 2, (5, 5))]
+PYTHON = 6_000  # bytes of Python's own objects
 SIDES = [10, 32, 128, 512, 2048]
 
 
@@ -182,6 +184,10 @@ def memory(side: int, samples: int, bits: int | None) -> dict[str, Any]:
     terms = next(module for module in layer.modules() if isinstance(module, KroneckerSum))
     d, a = torch.randn(samples, side), torch.randn(samples, side)
     terms.add_rows(d, a)
+    tracemalloc.start()  # NumPy tells it of its arrays, in which small sums are computed
+    terms.add_rows(d, a)
+    in_numpy = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     with memfit.ledger(terms) as book:
         terms.add_rows(d, a)
     kept = sum(buffer.nbytes for buffer in terms.buffers())
@@ -192,9 +198,9 @@ def memory(side: int, samples: int, bits: int | None) -> dict[str, Any]:
         "factor_bits": bits or 32,
         "sums": kept,
         "allowed": RANK * 2 * side * (2 if bits else 4) + (8 if bits else 0),
-        "workspace": book.peak.total - kept - d.nbytes - a.nbytes,
+        "workspace": book.peak.total - kept - d.nbytes - a.nbytes + in_numpy,
         "of_a_block": columns * 2 * side * 4,
-        "documented": 4 * (4 * columns * 2 * side + 10 * columns**2),
+        "documented": 4 * (4 * columns * 2 * side + 10 * columns**2) + PYTHON,
         "dense_gradient": side * side * 4,
     }
 
@@ -242,7 +248,7 @@ def main() -> None:
         print(f"{row['side']:>6}{row['samples']:>9}{row['factor_bits']:>6}{sizes}")
     goals.append(("r (n + m) words between samples", all(row["sums"] <= row["allowed"] for row in memories)))
     within = all(row["workspace"] <= row["documented"] for row in memories)
-    goals.append(("a workspace of at most 4 q (n + m) + 10 q^2 words, q = r + block", within))
+    goals.append(("a workspace of at most 4 q (n + m) + 10 q^2 words and 6 KB, q = r + block", within))
     for what, met in goals:
         print(f"  {'met' if met else 'MISSED':6} {what}")
     about = {
