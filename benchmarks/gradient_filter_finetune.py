@@ -43,7 +43,17 @@ from memfit.vision.models import ZOO
 RESULTS = Path(__file__).parent / "results" / "gradient_filter_finetune.json"
 LAST = torch.channels_last
 PATCHES = (0, 2, 4, 7)  # 0: exact
-METHODS = ("exact", "2", "4", "7", "2 apart", "4 apart")  # patches, with taps summed or apart
+METHODS: dict[str, memfit.GradientFilter | None] = {
+    "exact": None,
+    "2": memfit.GradientFilter(2),
+    "4": memfit.GradientFilter(4),
+    "7": memfit.GradientFilter(7),
+    "2 apart": memfit.GradientFilter(2, taps="apart"),
+    "2 apart, exact every 4": memfit.GradientFilter(2, taps="apart", exact_every=4),
+    "2, exact every 4": memfit.GradientFilter(2, exact_every=4),
+    "2, exact every 2": memfit.GradientFilter(2, exact_every=2),
+    "2, exact every 1": memfit.GradientFilter(2, exact_every=1),
+}
 SPLITS = ("classes", "images")
 RATES = {"classes": (0.03, 0.1, 0.3, 1.0), "images": (0.003, 0.01, 0.03, 0.1)}
 SEEDS = (0, 1, 2)
@@ -167,9 +177,9 @@ def tune(
     fresh = {name: each for name, each in own.items() if name not in state}
     model.load_state_dict({**state, **fresh})
     _, tail = net.split(model.to(memory_format=LAST))
-    if method != "exact":
-        patch, _, apart = method.partition(" ")
-        memfit.convert_(tail, memfit.GradientFilter(int(patch), taps="apart" if apart else "summed"))
+    technique = METHODS[method]
+    if technique is not None:
+        memfit.convert_(tail, technique)
     steps_per_epoch = len(train.y) // BATCH
     optimizer = torch.optim.SGD(tail.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)

@@ -34,8 +34,8 @@ def gradients(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"x": x.grad, **found}  # type: ignore[dict-item]
 
 
-def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int, apart: bool) -> dict[str, Any]:
-    """Which pixels of x belong to which patch of y, and which patches each tap reads in which shares, written out."""
+def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int) -> dict[str, Any]:
+    """Which pixels of x belong to which patch of y, and which patch each tap reads, written out."""
     kernel, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
     if layer.padding == "same":
         padding = dilation * (kernel - 1) // 2
@@ -51,7 +51,7 @@ def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int, ap
             "patches": patches,
             "owner": owner,
             "of_y": [t // patch for t in range(outputs)],
-            "taps": [{0: 1}],
+            "taps": [0],
             "s": 1,
         }
     # The centre of what the first patch of y reads, less the centre of a patch of x that begins at 0.
@@ -63,15 +63,7 @@ def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int, ap
         owner.append(q if 0 <= q < patches else None)
     is_wide = kernel > 1 and kernel % 2 == 1 and dilation >= patch * stride
     step = round(dilation / (patch * stride)) if is_wide else 0
-    taps: list[dict[int, float]] = [{step * (j - kernel // 2): 1} for j in range(kernel)]
-    if apart and kernel > 1 and not is_wide:
-        width = patch * stride
-        for j in range(kernel):
-            # Where the pixels lie, on the mean, that tap j of the first patch of y reads.
-            read = sum(stride * t + dilation * j - padding for t in range(patch)) / patch
-            away = (read - start - (width - 1) / 2) / width
-            below = math.floor(away)
-            taps[j] = {below: 1 - (away - below), below + 1: away - below}
+    taps = [step * (j - kernel // 2) for j in range(kernel)]
     return {
         "patches": patches,
         "owner": owner,
@@ -81,10 +73,10 @@ def axis_of(layer: nn.Conv2d, axis: int, size: int, outputs: int, patch: int, ap
     }
 
 
-def reference(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int, apart: bool = False) -> dict[str, Tensor]:
+def reference(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int) -> dict[str, Tensor]:
     """The filtered gradients by their definition, one patch and one tap at a time."""
     weight, groups = layer.weight.detach(), layer.groups
-    rows, columns = (axis_of(layer, axis, x.shape[2 + axis], g.shape[2 + axis], patch, apart) for axis in (0, 1))
+    rows, columns = (axis_of(layer, axis, x.shape[2 + axis], g.shape[2 + axis], patch) for axis in (0, 1))
     shape = (rows["patches"], columns["patches"])
 
     def cells(owners: tuple[list[Any], list[Any]], q: tuple[int, int]) -> list[tuple[int, int]]:
@@ -98,22 +90,46 @@ def reference(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int, apart: bool = 
     per_in, per_out = x.shape[1] // groups, g.shape[1] // groups
     for q, pixels in outputs.items():
         mean = torch.stack([g[:, :, i, j] for i, j in pixels]).mean(0)
-        reads = product(
-            *[[(j, *read) for j, tap in enumerate(e["taps"]) for read in tap.items()] for e in (rows, columns)]
-        )
-        for (a, tap_row, share_row), (b, tap_column, share_column) in reads:
+        reads = product(*[list(enumerate(each["taps"])) for each in (rows, columns)])
+        for (a, tap_row), (b, tap_column) in reads:
             target = (q[0] + tap_row, q[1] + tap_column)
             if target not in inputs:
                 continue
-            share = share_row * share_column
             for group in range(groups):
                 o = slice(group * per_out, (group + 1) * per_out)
                 i_ = slice(group * per_in, (group + 1) * per_in)
-                dweight[o, :, a, b] += share * len(pixels) * mean[:, o].T @ means[target][:, i_]
+                dweight[o, :, a, b] += len(pixels) * mean[:, o].T @ means[target][:, i_]
                 for i, j in inputs[target]:
-                    dx[:, i_, i, j] += share * mean[:, o] @ weight[o, :, a, b] / (rows["s"] * columns["s"])
+                    dx[:, i_, i, j] += mean[:, o] @ weight[o, :, a, b] / (rows["s"] * columns["s"])
     found = {"x": dx, "weight": dweight}
     return found if layer.bias is None else {**found, "bias": g.sum((0, 2, 3))}
+
+
+def flat(maps: Tensor, owners: list[list[int | None]]) -> Tensor:
+    """Maps with the mean of each patch at all of its pixels, and zero at those of none, one patch at a time."""
+    found = torch.zeros_like(maps)
+    for q in product(*[{each for each in axis if each is not None} for axis in owners]):
+        cells = [(i, j) for i, a in enumerate(owners[0]) for j, b in enumerate(owners[1]) if (a, b) == q]
+        mean = torch.stack([maps[:, :, i, j] for i, j in cells]).mean(0)
+        for i, j in cells:
+            found[:, :, i, j] = mean
+    return found
+
+
+def reference_apart(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int) -> dict[str, Tensor]:
+    """With taps apart: the exact gradients of flat maps, and the mean of the input's over patches."""
+    of_x: list[list[int | None]] = []
+    of_g: list[list[int | None]] = []
+    for axis, (size, outputs) in enumerate(zip(x.shape[2:], g.shape[2:], strict=True)):
+        width = min(patch, outputs)
+        of_g.append([pixel // width for pixel in range(outputs)])
+        padding, stride = layer._reversed_padding_repeated_twice[2 * (1 - axis)], layer.stride[axis]
+        if layer.kernel_size[axis] == 1 and padding == 0:  # the pixels between are not read
+            of_x.append([pixel // (stride * width) if pixel % stride == 0 else None for pixel in range(size)])
+        else:
+            of_x.append([pixel // (stride * width) for pixel in range(size)])
+    found = gradients(copy.deepcopy(layer), flat(x, of_x), flat(g, of_g))
+    return {**found, "x": flat(found["x"], of_x)}
 
 
 @st.composite
@@ -126,8 +142,10 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
     else:
         padding = (draw(st.integers(0, 5)), draw(st.integers(0, 5)))
     groups = draw(st.sampled_from([1, 2, 4]))
-    mode = draw(st.sampled_from(["zeros", "zeros", "replicate"]))
+    mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "replicate", "reflect", "circular"]))
     needed = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    if mode in ("reflect", "circular"):  # torch can't, of maps no larger than the padding
+        needed = [max(7, least) for least in needed]
     height, width = (draw(st.integers(least, least + 8)) for least in needed)
     torch.manual_seed(draw(st.integers(0, 1000)))
     layer = nn.Conv2d(
@@ -144,7 +162,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_gradients_equal_the_pixel_by_pixel_reference(drawn: tuple[Case, int], taps: str) -> None:
     (layer, x, g), patch = drawn
-    expected = reference(layer, x, g, patch, taps == "apart")
+    expected = (reference_apart if taps == "apart" else reference)(layer, x, g, patch)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = filtered(layer, patch, taps).to(memory_format=memory_format)
         found = gradients(model, x.contiguous(memory_format=memory_format), g.contiguous(memory_format=memory_format))
@@ -451,6 +469,12 @@ def test_tied_kernels_stay_one_parameter() -> None:
     assert model[0].weight.grad is not None
 
 
+@pytest.mark.parametrize("every", [0, 2.5, True, "8"])
+def test_a_number_of_exact_images_that_is_no_whole_number_is_refused(every: Any) -> None:
+    with pytest.raises(ConversionError, match=r"exact_every=.* is not possible: give a whole number"):
+        GradientFilter(2, exact_every=every)
+
+
 @pytest.mark.parametrize("patch", [0, -1, 1.5, True, "4", None])
 def test_a_patch_that_is_no_whole_number_is_refused(patch: Any) -> None:
     with pytest.raises(ConversionError, match=r"patch=.* is not possible: give a whole number of at least 1"):
@@ -510,21 +534,80 @@ def test_compiled_it_gives_the_same_gradients() -> None:
         torch.testing.assert_close(parameter.grad, plain[name])
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("patch", [2, 3])
-def test_with_taps_apart_gradients_are_the_exact_ones_of_maps_that_are_constant_on_patches(
-    groups: int, patch: int
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from(["summed", "apart"]), st.integers(1, 3))
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_with_exact_images_the_weights_gradient_is_right_on_the_mean(
+    drawn: tuple[Case, int], taps: Any, every: int
 ) -> None:
+    (layer, x, g), patch = drawn
+    x, g = (torch.cat([each, each.flip(0), 2 * each]) for each in (x, g))
+    exact, alone = (gradients(each, x, g) for each in (copy.deepcopy(layer), filtered(layer, patch, taps)))
+    model = memfit.convert_(copy.deepcopy(layer), GradientFilter(patch, taps, exact_every=every), where="")
+    drawn_from = [gradients_drawn(model, x, g, first) for first in range(every)]
+    for name, value in alone.items():
+        mean = torch.stack([each[name] for each in drawn_from]).mean(0)
+        torch.testing.assert_close(mean, exact[name] if name == "weight" else value)
+
+
+def gradients_drawn(layer: nn.Module, x: Tensor, g: Tensor, first: int) -> dict[str, Tensor]:
+    """Gradients, with the first exact image known."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "randint", lambda *_: torch.tensor(first))
+        return gradients(layer, x, g)
+
+
+def test_exact_images_are_drawn_evenly_from_torchs_random_numbers() -> None:
     torch.manual_seed(0)
-    layer = nn.Conv2d(4, 8, 3, padding=1, groups=groups).double()
-    coarse_x, coarse_g = (torch.randn(2, channels, 4, 3, dtype=torch.float64) for channels in (4, 8))
-    x, g = (each.repeat_interleave(patch, 2).repeat_interleave(patch, 3) for each in (coarse_x, coarse_g))
-    exact = gradients(copy.deepcopy(layer), x, g)
-    found = gradients(filtered(layer, patch, "apart"), x, g)
-    torch.testing.assert_close(found["weight"], exact["weight"])
-    torch.testing.assert_close(found["bias"], exact["bias"])
-    means = nn.functional.avg_pool2d(exact["x"], patch).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    torch.testing.assert_close(found["x"], means)
+    layer = memfit.convert_(nn.Conv2d(1, 1, 3), GradientFilter(2, exact_every=4), where="")
+    x, g = torch.rand(1, 1, 6, 6), torch.rand(1, 1, 4, 4)
+    found = [gradients(layer, x, g)["weight"] for _ in range(400)]
+    exact = [bool((each - each.mean()).abs().max() > 1e-5) for each in found]  # not the same at all taps
+    assert 60 < sum(exact) < 140
+
+
+@pytest.mark.parametrize(("every", "kept"), [(None, 4 * 16), (4, 4 * 16 + 256), (1, 4 * 256)])
+def test_exact_images_are_kept_whole_and_of_the_others_the_means(every: int | None, kept: int) -> None:
+    layer = memfit.convert_(nn.Conv2d(1, 1, 3, padding=1), GradientFilter(4, exact_every=every), where="")
+    storages = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda each: each):
+        layer(torch.randn(4, 1, 16, 16))
+    assert sum(storages.values()) == 4 * kept
+
+
+def test_exact_images_leave_the_input_as_it_is() -> None:
+    """Patches of one pixel are pooled to the map itself."""
+    x = torch.randn(3, 2, 4, 4)
+    before = x.clone()
+    memfit.convert_(nn.Conv2d(2, 2, 1), GradientFilter(1, exact_every=2), where="")(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_layer_draws_the_same_exact_images_again(reentrant: bool) -> None:
+    layer = memfit.convert_(nn.Conv2d(2, 2, 3), GradientFilter(2, exact_every=3), where="")
+    x = torch.randn(4, 2, 8, 8, requires_grad=True)
+    found = []
+    for run in (layer, lambda maps: checkpoint(layer, maps, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        layer.zero_grad()
+        run(x).square().sum().backward()
+        found.append(layer.weight.grad.clone())
+    assert torch.equal(*found)
+
+
+def test_conv1d_has_exact_images_too() -> None:
+    layer = nn.Conv1d(2, 4, 3, padding=1, groups=2)
+    x, g = torch.randn(3, 2, 9), torch.randn(3, 4, 9)
+    model = memfit.convert_(copy.deepcopy(layer), GradientFilter(2, exact_every=1), where="")
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(gradients(model, x, g)[name], gradients(layer, x, g)[name])
 
 
 def test_taps_are_summed_or_apart() -> None:

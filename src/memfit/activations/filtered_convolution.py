@@ -11,17 +11,19 @@ which are two products of matrices that are p^2 times smaller than the maps, and
 3 x 3 kernel. Forward keeps X, and of the kernel what it is: a parameter. Along an axis on which taps lie a patch or
 more apart (a dilation of p s or more), they are kept apart: there the products are a small dilated convolution of G, X.
 
-All taps can be kept apart: a tap whose pixels lie, on the mean, a patches from those that its patch of y is centred on
-(a = (j - (k - 1) / 2) d / (p s) for tap j of k) reads X between the patches floor(a) and floor(a) + 1 away, linearly:
-for s = 1 what a convolution of maps that are constant on patches reads. Beyond the outermost patches is zero. With A
-(taps x patches, for each axis) those shares,
+All taps can be kept apart (:mod:`memfit.activations.taps_apart`): the gradients are then those of the convolution of
+maps that are constant on patches, whatever its configuration.
 
-    grad_w = A1 C A2^T     where C is the weight gradient of a convolution of G and X with A's patches as its taps
-    grad_x                 is its input gradient, with the kernel A1^T w A2
+With all of x kept for one image in k, the weight's gradient can be made right on the mean: it is
+
+    sum over all images of F  +  k sum over those of (E - F)
+
+with E and F the exact and the filtered gradient of an image. Every k-th image from a random one on is taken. In the
+first sum these count as 1, in the second as -k: their X is kept times 1 - k.
 
 Source: Yang, Li, Marculescu, "Efficient On-device Training via Gradient Filtering", CVPR 2023, arXiv 2301.00330.
-Its formulas are for s = 1 and sum the taps; the factor 1 / s^2, the alignment with uneven padding and taps apart are
-ours.
+Its formulas are for s = 1 and sum the taps; the factor 1 / s^2, the alignment with uneven padding, taps apart and exact
+images are ours.
 """
 
 from __future__ import annotations
@@ -32,23 +34,26 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from memfit.activations import taps_apart
 from memfit.activations.native import operator, suits
 from memfit.activations.patches import Cut, Cuts, counts, pool, spread
 from memfit.activations.pooled_gradients import input_gradient, weight_gradient
-from memfit.activations.tap_shares import Shares, shares_between, to_patches, to_taps
 
 
 class Window(NamedTuple):
-    """How a convolution reads one spatial axis: in pixels, and ``padding`` before the first."""
+    """How a convolution reads one spatial axis: in pixels, and ``padding`` before the first, of the ``mode``."""
 
     kernel: int
     stride: int
     padding: int
     dilation: int
+    mode: str = "zeros"
 
 
 class Plan(NamedTuple):
@@ -58,7 +63,7 @@ class Plan(NamedTuple):
         inputs: patches of x, one for each of y.
         outputs: patches of y.
         shifts: on each axis, by how many patches neighbouring taps lie apart; 0 where taps are summed.
-        shares: on each axis, for each tap the shares in which it reads neighbouring patches; None where it reads one.
+        reads: where taps are apart, for each axis and tap how many pixels of each patch of y read each patch of x.
         spread_over: input pixels that share one output pixel's gradient.
         pixels: of y in each patch, or None where patches at the border have fewer.
     """
@@ -66,7 +71,7 @@ class Plan(NamedTuple):
     inputs: Cuts
     outputs: Cuts
     shifts: tuple[int, int]
-    shares: tuple[Shares | None, Shares | None]
+    reads: taps_apart.Reads | None
     spread_over: int
     pixels: int | None
 
@@ -83,18 +88,25 @@ def plan(
         patch: pixels of y in a patch.
         apart: keep taps apart that lie less than a patch from each other.
     """
-    axes = [_plan_axis(*each, apart) for each in zip(x, y, windows, patch, strict=True)]
-    inputs, outputs, shifts, shares, strides = zip(*axes, strict=True)
+    if apart and any(window.kernel > 1 or window.padding for window in windows):
+        (of_x, of_y, rows), (across_x, across_y, columns) = (
+            _read_axis(*each) for each in zip(x, y, windows, patch, strict=True)
+        )
+        return Plan((of_x, across_x), (of_y, across_y), (0, 0), (rows, columns), 1, _pixels((of_y, across_y)))
+    axes = [_plan_axis(*each) for each in zip(x, y, windows, patch, strict=True)]
+    inputs, outputs, shifts, strides = zip(*axes, strict=True)
+    return Plan(inputs, outputs, shifts, None, prod(strides), _pixels(outputs))
+
+
+def _pixels(outputs: Cuts) -> int | None:
     even = all(cut.size == cut.patches * cut.width for cut in outputs)
-    return Plan(inputs, outputs, shifts, shares, prod(strides), outputs[0].width * outputs[1].width if even else None)
+    return outputs[0].width * outputs[1].width if even else None
 
 
-def _plan_axis(
-    size: int, outputs: int, window: Window, patch: int, apart: bool
-) -> tuple[Cut, Cut, int, Shares | None, int]:
+def _plan_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, Cut, int, int]:
     patch = min(patch, outputs)
     patches = -(-outputs // patch)
-    kernel, stride, padding, dilation = window
+    kernel, stride, padding, dilation, _ = window
     every = 1
     if kernel == 1 and padding == 0:  # the pixels between are not read
         every, stride = stride, 1
@@ -103,13 +115,46 @@ def _plan_axis(
     origin = int((dilation * (kernel - 1) + 1 - stride) / 2 - padding)
     cuts = Cut(size, width, patches, origin, every), Cut(outputs, patch, patches)
     is_wide = kernel % 2 == 1 and kernel > 1 and dilation >= width  # taps that are apart anyway, and far
-    if apart and kernel > 1 and not is_wide:
-        # Of what a tap reads, the centre less that of the patch of x, in patches.
-        centre = padding + origin + (stride - 1) / 2
-        shares = shares_between([(tap * dilation - centre) / width for tap in range(kernel)])
-        return *cuts, 1, shares, stride
-    shift = round(dilation / width) if is_wide else 0
-    return *cuts, shift, None, stride
+    return *cuts, round(dilation / width) if is_wide else 0, stride
+
+
+def _read_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, Cut, np.ndarray]:
+    """Patches that cover all of x, and which of them each tap reads."""
+    patch = min(patch, outputs)
+    kernel, stride, padding, dilation, mode = window
+    every = stride if kernel == 1 and padding == 0 else 1
+    pixels = -(-size // every)
+    width = min(patch * stride // every, pixels)
+    positions = [
+        [
+            taps_apart.position(pixel * stride // every + tap * dilation - padding, pixels, mode)
+            for pixel in range(outputs)
+        ]
+        for tap in range(kernel)
+    ]
+    cuts = Cut(size, width, -(-pixels // width), 0, every), Cut(outputs, patch, -(-outputs // patch))
+    return *cuts, taps_apart.reads(pixels, outputs, positions, (patch, width))
+
+
+class ExactImages(NamedTuple):
+    """Images whose weight gradient is exact: every so many of a batch, from a random one on.
+
+    Attributes:
+        every: k; of all, with 1.
+        gradient: the exact one of a map of x (b, C_in, H, W), a gradient of y (b, C_out, H, W) and the kernel.
+    """
+
+    every: int
+    gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def draw(self, x: Tensor) -> int:
+        """The first of them: drawn from torch's random numbers, of which a checkpointed forward gets the same again."""
+        return 0 if isinstance(x, FakeTensor) else int(torch.randint(self.every, ()))
+
+    def add(self, filtered: Tensor | None, x: Tensor, g: Tensor, kernel: Tensor) -> Tensor:
+        """The gradient of all images, from the filtered one."""
+        exact = self.gradient(x, g, kernel).to(kernel.dtype)
+        return exact if filtered is None else torch.add(filtered, exact, alpha=self.every)
 
 
 def filtered_convolution(
@@ -122,6 +167,7 @@ def filtered_convolution(
     patch: tuple[int, int],
     apart: bool = False,
     native: bool = False,
+    exact: ExactImages | None = None,
 ) -> Tensor:
     """``forward(x, weight, bias)``, with the filtered backward.
 
@@ -135,11 +181,12 @@ def filtered_convolution(
         patch: size of the patches of the output, in pixels of H and W; cut to the map where that is smaller.
         apart: keep the kernel's taps apart.
         native: compute with the C++ operator what that can.
+        exact: how many images have an exact weight gradient.
 
     Returns:
         What ``forward`` gives. It can be differentiated once.
     """
-    return _FilteredConvolution.apply(x, weight, bias, forward, windows, groups, patch, apart, native)
+    return _FilteredConvolution.apply(x, weight, bias, forward, windows, groups, patch, apart, native, exact)
 
 
 class _FilteredConvolution(torch.autograd.Function):
@@ -155,6 +202,7 @@ class _FilteredConvolution(torch.autograd.Function):
         patch: tuple[int, int],
         apart: bool,
         native: bool,
+        exact: ExactImages | None,
     ) -> Tensor:
         y = forward(x, weight, bias)
         axes, dtype = weight.dim() - 2, y.dtype
@@ -163,20 +211,28 @@ class _FilteredConvolution(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype, ctx.groups = x.shape, x.dtype, groups
         x, rows, columns = _as_maps(x, axes), *_as_maps(y, axes).shape[2:]
         ctx.plan = cut = plan((x.shape[2], x.shape[3]), (rows, columns), windows, patch, apart)
-        ctx.native = native and not any(cut.shifts) and suits(x, weight) and x.dtype == dtype
+        ctx.native = native and cut.reads is None and not any(cut.shifts) and suits(x, weight) and x.dtype == dtype
         ctx.channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        pooled = None
-        if ctx.needs_input_grad[1]:
+        pooled = some = None
+        ctx.exact, ctx.first = exact, 0
+        if ctx.needs_input_grad[1] and (exact is None or exact.every > 1):
             pooled = operator().pool(x, *cut.inputs) if ctx.native else pool(x, cut.inputs).to(dtype)
+        if ctx.needs_input_grad[1] and exact is not None:
+            some = x.to(dtype)
+            if pooled is not None:
+                ctx.first = exact.draw(x)
+                some = some[ctx.first :: exact.every].clone()  # of a view the whole map would be kept
+                pooled = pooled.clone() if pooled is x else pooled
+                pooled[ctx.first :: exact.every] *= 1 - exact.every
         # The kernel itself, a parameter, costs nothing; its sum, or a copy in autocast's dtype, would.
-        ctx.save_for_backward(pooled, weight)
+        ctx.save_for_backward(pooled, some, weight)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        pooled, weight = ctx.saved_tensors
-        cut, wanted = ctx.plan, ctx.needs_input_grad[:3]
+        pooled, some, weight = ctx.saved_tensors
+        cut, wanted = ctx.plan, (ctx.needs_input_grad[0], pooled is not None, ctx.needs_input_grad[2])
         g, row = _as_maps(g, weight.dim() - 2), weight.dim() == 3
         kernel = weight.unsqueeze(2) if row else weight
         with _no_autocast(g.device.type):
@@ -185,9 +241,11 @@ class _FilteredConvolution(torch.autograd.Function):
                 found = operator().backward(g, pooled, kernel, *cuts, ctx.groups, ctx.channels_last, scale, wanted)
             else:
                 found = _gradients(ctx, g, pooled, kernel, wanted)
-        dx, dweight, dbias = found
+            dx, dweight, dbias = found
+            if some is not None:
+                dweight = ctx.exact.add(dweight, some, g[ctx.first :: ctx.exact.every], kernel)
         dx = None if dx is None else dx.view(ctx.x_shape)
-        return dx, dweight.squeeze(2) if row and dweight is not None else dweight, dbias, *(None,) * 6
+        return dx, dweight.squeeze(2) if row and dweight is not None else dweight, dbias, *(None,) * 7
 
 
 def _gradients(
@@ -198,14 +256,19 @@ def _gradients(
     dx = dweight = dbias = None
     # Maps of patches are small: they are summed in the weight's precision.
     means = pool(g, cut.outputs).to(weight.dtype)
-    weight = to_patches(weight, cut.shares)
-    if wanted[0]:
-        coarse = input_gradient(means, weight, cut.shifts, ctx.groups, 1 / cut.spread_over)
-        dx = spread(coarse.to(ctx.x_dtype), cut.inputs, ctx.channels_last)
     pixels = cut.pixels or counts(cut.outputs, means)
+    if wanted[0]:
+        if cut.reads is None:
+            coarse = input_gradient(means, weight, cut.shifts, ctx.groups, 1 / cut.spread_over)
+        else:
+            coarse = taps_apart.input_gradient(means, weight, cut.reads, ctx.groups) / counts(cut.inputs, means)
+        dx = spread(coarse.to(ctx.x_dtype), cut.inputs, ctx.channels_last)
     if wanted[1] and pooled is not None:
-        coarse = weight_gradient(means, pooled.to(weight.dtype), weight, cut.shifts, ctx.groups, pixels)
-        dweight = to_taps(coarse, cut.shares)
+        pooled = pooled.to(weight.dtype)
+        if cut.reads is None:
+            dweight = weight_gradient(means, pooled, weight, cut.shifts, ctx.groups, pixels)
+        else:
+            dweight = taps_apart.weight_gradient(means, pooled, cut.reads, ctx.groups)
     if wanted[2]:
         dbias = (means * pixels).sum((0, 2, 3))
     return dx, dweight, dbias

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from memfit.activations.filtered_convolution import Window, filtered_convolution
+from memfit.activations.filtered_convolution import ExactImages, Window, filtered_convolution
 from memfit.activations.native import operator
 from memfit.convert import ConvertedLayer, Technique
+from memfit.convolution_input import padded_input
 from memfit.errors import ConversionError
 
 
@@ -62,6 +63,7 @@ class _FilteredConv(ConvertedLayer, _ConvNd):
         if not torch.is_grad_enabled():
             return self._conv_forward(input, self.weight, self.bias)
         technique = cast("GradientFilter", self.technique)
+        every = technique.exact_every
         return filtered_convolution(
             input,
             self.weight,
@@ -72,14 +74,26 @@ class _FilteredConv(ConvertedLayer, _ConvNd):
             (technique.patch, technique.patch),
             technique.taps == "apart",
             technique.native,
+            None if every is None else ExactImages(every, self._weight_gradient),
         )
 
     def _windows(self) -> tuple[Window, Window]:
         """How rows and columns are read; of a single row, as it is."""
         # Before each axis, the last axis first; padding="same" may put one more after it.
         before = self._reversed_padding_repeated_twice[-2::-2]
-        windows = [Window(*each) for each in zip(self.kernel_size, self.stride, before, self.dilation, strict=True)]
+        axes = zip(self.kernel_size, self.stride, before, self.dilation, strict=True)
+        windows = [Window(*each, self.padding_mode) for each in axes]
         return (windows[0], windows[1]) if len(windows) == 2 else (Window(1, 1, 0, 1), windows[0])
+
+    def _weight_gradient(self, x: Tensor, g: Tensor, kernel: Tensor) -> Tensor:
+        """The exact one. A map of one row is (B, C, 1, W), as is the kernel."""
+        if len(self.kernel_size) == 1:
+            x, g = x.squeeze(2), g.squeeze(2)
+        x, padding = padded_input(self, x)
+        like = g.new_empty(1).expand(self.weight.shape)
+        by = (self.stride, padding, self.dilation, False, (0,) * len(padding), self.groups)
+        mask = (False, True, False)
+        return torch.ops.aten.convolution_backward.default(g, x, like, None, *by, mask)[1].view(kernel.shape)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.technique}"
@@ -106,26 +120,27 @@ class GradientFilter(Technique):
     the input. The weights stay plain parameters and train densely; the gradient of the bias is exact.
 
     The gradients are approximations, and the weight's is the same at every tap of the kernel, unless the taps are kept
-    apart. So use it to fine-tune the last layers of a pretrained net, whose gradient maps are smooth, and not to train
-    one from scratch.
-    ``memfit filter-scan`` measures the error layer by layer. Batch norms and activation functions around the
-    convolution keep what they keep.
+    apart or some images are exact. So use it to fine-tune the last layers of a pretrained net, whose gradient maps are
+    smooth, and not to train one from scratch. ``memfit filter-scan`` measures the error layer by layer. Batch norms and
+    activation functions around the convolution keep what they keep.
 
     Args:
         patch: width and height of a patch in pixels of the layer's output; on smaller maps it is the whole map. Along
             an axis where the kernel is dilated by a patch or more, its taps keep gradients of their own.
-        taps: ``"summed"`` is the paper's: one number of x and of the gradient for all taps of a kernel. ``"apart"``
-            lets each tap read between patches where it lies: often nearer to the exact gradients, nine times the
-            products for a 3 x 3 kernel, and as little is kept. Pixels outside of all patches count as zero, which is
-            wrong for convolutions with less padding than half a kernel, or with other padding than zeros. ``native``
-            is then of use to 1 x 1 kernels alone.
+        taps: ``"summed"`` is the paper's: one number of x and of the gradient for all taps of a kernel. With
+            ``"apart"`` each tap reads what is where it lies: the gradients are those of the convolution of maps that are constant
+            on patches, and the input's is its mean over patches. Nearer to the exact gradients, as little is kept, and
+            k times k the products for a k x k kernel.
+        exact_every: compute the weight's gradient exactly for every so many of the images of a batch, from a random one
+            on, which are then kept whole, and weight it so that the weight's gradient is right on the mean, whatever
+            the patch. 1: of all images; the filter is then for the gradient of the input alone. None: of no image.
         native: let a C++ operator do it, on the CPU in float32 or float64; all else goes the usual way. It is compiled
             on first use, which takes a compiler, ninja and about a minute, and pays for small maps, where the time of
             backward goes into calling torch.
 
     Raises:
-        ConversionError: patch is not a whole number of at least 1, or taps neither of the two; on conversion, the
-            operator can't be compiled.
+        ConversionError: patch or exact_every is not a whole number of at least 1, or taps neither of the two; on
+            conversion, the operator can't be compiled.
 
     Source: arXiv 2301.00330.
 
@@ -137,6 +152,7 @@ class GradientFilter(Technique):
     patch: int
     taps: Literal["summed", "apart"] = "summed"
     native: bool = False
+    exact_every: int | None = None
 
     layers: ClassVar[Mapping[type[nn.Module], type[ConvertedLayer]]] = {
         nn.Conv1d: FilteredConv1d,
@@ -144,8 +160,11 @@ class GradientFilter(Technique):
     }
 
     def __post_init__(self) -> None:
-        if isinstance(self.patch, bool) or not isinstance(self.patch, int) or self.patch < 1:
-            raise ConversionError(f"patch={self.patch!r} is not possible: give a whole number of at least 1.")
+        for field, value in (("patch", self.patch), ("exact_every", self.exact_every)):
+            if value is None and field == "exact_every":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConversionError(f"{field}={value!r} is not possible: give a whole number of at least 1.")
         if self.taps not in ("summed", "apart"):
             raise ConversionError(f"taps={self.taps!r} is not possible: give 'summed' or 'apart'.")
         if not isinstance(self.native, bool):

@@ -18,9 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.conv import _ConvNd
 
 
 class Geometry(NamedTuple):
@@ -95,49 +93,6 @@ def low_rank_conv_transpose(
 def frozen_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, by: Geometry) -> Tensor:
     """``torch.convolution`` with a weight that does not train: it keeps the weight and not its input."""
     return _FrozenConvolution.apply(x, weight.detach(), bias, by)
-
-
-def frozen_pad(x: Tensor, sides: Sequence[int], mode: str) -> Tensor:
-    """``F.pad`` that keeps no tensor for backward; torch's reflection and replication keep the input for its shape.
-
-    Args:
-        x: (B, C, ...), all axes after the second are padded.
-        sides: before and after, last axis first, as for ``F.pad``.
-        mode: ``"reflect"``, ``"replicate"``, ``"circular"`` or ``"constant"`` (zeros).
-    """
-    if mode in ("reflect", "replicate"):
-        return _Pad.apply(x, tuple(sides), mode)
-    return F.pad(x, tuple(sides), mode=mode)
-
-
-def checked_axes(layer: _ConvNd, x: Tensor) -> bool:
-    """Whether a convolution's input is a single item, without the batch's axis.
-
-    Raises:
-        RuntimeError: it has another number of axes, in torch's own words.
-    """
-    axes = len(layer.kernel_size)
-    kind = f"Conv{'Transpose' if layer.transposed else ''}{axes}d"
-    if x.dim() not in (axes + 1, axes + 2):
-        raise RuntimeError(
-            f"Expected {axes + 1}D (unbatched) or {axes + 2}D (batched) input to {kind}, "
-            f"but got input of size: {list(x.shape)}"
-        )
-    return x.dim() == axes + 1
-
-
-def padded_input(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The batch x with the padding that the operator has none for, and the padding that is left to it."""
-    none = (0,) * len(layer.kernel_size)
-    sides = layer._reversed_padding_repeated_twice  # before and after, last axis first; of "same" too
-    if not any(sides):
-        return x, none
-    if layer.padding_mode != "zeros":
-        return frozen_pad(x, sides, layer.padding_mode), none
-    if not isinstance(layer.padding, str):
-        return x, layer.padding
-    extra = [n for before, after in zip(sides[::2], sides[1::2], strict=True) for n in (0, after - before)]
-    return (frozen_pad(x, extra, "constant") if any(extra) else x), tuple(sides[-2::-2])
 
 
 def _of_one_dtype(x: Tensor, base: Tensor, bias: Tensor | None, *factors: Tensor) -> Any:
@@ -261,18 +216,3 @@ def _stand_in(shape: torch.Size, d: Tensor, weight: Tensor) -> Tensor:
         return torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=layout)
     numbers = d.detach().as_strided((shape.numel(),), (1,))
     return numbers.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if is_last else numbers.view(shape)
-
-
-class _Pad(torch.autograd.Function):
-    """Reflection and replication, whose backward knows of the input its shape alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sides: tuple[int, ...], mode: str) -> Tensor:
-        ctx.shape, ctx.sides = x.shape, sides
-        ctx.kind = {"reflect": "reflection", "replicate": "replication"}[mode]
-        return F.pad(x, sides, mode=mode)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        backward = getattr(torch.ops.aten, f"{ctx.kind}_pad{len(ctx.sides) // 2}d_backward")
-        return backward(d, d.new_empty(1).expand(ctx.shape), ctx.sides), None, None

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from memfit.convert import Technique
+from memfit.convolution_input import checked_axes, padded_input
 from memfit.gradients.convolution import (
     Geometry,
-    checked_axes,
     low_rank_conv,
     low_rank_conv_transpose,
-    padded_input,
 )
 from memfit.gradients.low_rank_layer import LowRankLayer
 from memfit.gradients.low_rank_matrix import matrix_shape

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from memfit.convert import Technique
+from memfit.convolution_input import checked_axes, padded_input
 from memfit.gradients import steps
-from memfit.gradients.convolution import Geometry, checked_axes, padded_input
+from memfit.gradients.convolution import Geometry
 from memfit.gradients.low_rank_layer import above_rank
 from memfit.gradients.matrix_layer import MatrixLayer
 from memfit.gradients.steps import Watcher

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from memfit.gradients.convolution import padded_input
+from memfit.convolution_input import padded_input
 
 
 class PixelWrites(nn.Module):
