@@ -92,7 +92,8 @@ def plan(
         (of_x, of_y, rows), (across_x, across_y, columns) = (
             _read_axis(*each) for each in zip(x, y, windows, patch, strict=True)
         )
-        return Plan((of_x, across_x), (of_y, across_y), (0, 0), (rows, columns), 1, _pixels((of_y, across_y)))
+        by = taps_apart.of_axes(rows, columns)
+        return Plan((of_x, across_x), (of_y, across_y), (0, 0), by, 1, _pixels((of_y, across_y)))
     axes = [_plan_axis(*each) for each in zip(x, y, windows, patch, strict=True)]
     inputs, outputs, shifts, strides = zip(*axes, strict=True)
     return Plan(inputs, outputs, shifts, None, prod(strides), _pixels(outputs))

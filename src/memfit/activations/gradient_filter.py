@@ -128,9 +128,9 @@ class GradientFilter(Technique):
         patch: width and height of a patch in pixels of the layer's output; on smaller maps it is the whole map. Along
             an axis where the kernel is dilated by a patch or more, its taps keep gradients of their own.
         taps: ``"summed"`` is the paper's: one number of x and of the gradient for all taps of a kernel. With
-            ``"apart"`` each tap reads what is where it lies: the gradients are those of the convolution of maps that are constant
-            on patches, and the input's is its mean over patches. Nearer to the exact gradients, as little is kept, and
-            k times k the products for a k x k kernel.
+            ``"apart"`` each tap reads what is where it lies: the gradients are those of the convolution of maps that
+            are constant on patches, and the input's is its mean over patches. Nearer to the exact gradients, as little
+            is kept, and k times k the products for a k x k kernel.
         exact_every: compute the weight's gradient exactly for every so many of the images of a batch, from a random one
             on, which are then kept whole, and weight it so that the weight's gradient is right on the mean, whatever
             the patch. 1: of all images; the filter is then for the gradient of the input alone. None: of no image.

@@ -8,18 +8,51 @@ Then the gradients of the convolution, exactly, are
     grad X[i, r]       = sum over o, j, k, q of  G[o, q] w[o, i, j, k] N_rows[j] N_columns[k] / pixels of r
 
 where q and r run over rows and columns, and grad X is the mean over the patch of the gradient of x.
+
+Where N depends on r - q alone, as when patches of one size cover maps of one size that are padded with zeros, these are
+the gradients of a small convolution of X, whose kernel is A_rows^T w A_columns with A[j, r - q] = N[j, q, r].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Reads = tuple[np.ndarray, np.ndarray]
-"""N of rows and of columns, (taps, patches of the output, patches of x) each."""
+
+class Reads(NamedTuple):
+    """What the taps read.
+
+    Attributes:
+        rows: N of the rows, (taps, patches of the output, patches of x).
+        columns: of the columns.
+        shares: A of both, (taps, 2 r + 1) for a reach of r patches, or None where N depends on more than r - q.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    shares: tuple[np.ndarray, np.ndarray] | None
+
+
+def of_axes(rows: np.ndarray, columns: np.ndarray) -> Reads:
+    """Of both axes."""
+    of_rows, of_columns = _shares(rows), _shares(columns)
+    return Reads(rows, columns, None if of_rows is None or of_columns is None else (of_rows, of_columns))
+
+
+def _shares(counts: np.ndarray) -> np.ndarray | None:
+    _, outputs, inputs = counts.shape
+    if outputs != inputs:
+        return None
+    _, q, r = counts.nonzero()
+    reach = int(abs(r - q).max(initial=0))
+    diagonals = [np.diagonal(counts, away, 1, 2) for away in range(-reach, reach + 1)]
+    if any((each != each[:, :1]).any() for each in diagonals):
+        return None
+    return np.stack([each[:, 0] for each in diagonals], 1)
 
 
 def position(pixel: int, size: int, mode: str) -> int | None:
@@ -67,15 +100,24 @@ def weight_gradient(means: Tensor, pooled: Tensor, by: Reads, groups: int) -> Te
     Returns:
         (C_out, C_in / groups, taps of rows, taps of columns).
     """
+    if by.shares is not None:
+        shape = (means.shape[1], pooled.shape[1] // groups, *(each.shape[1] for each in by.shares))
+        gradient = _backward(means, pooled, means.new_empty(1).expand(shape), groups, (False, True, False))[1]
+        taps = [each.shape[0] for each in by.shares]
+        return (gradient.flatten(2) @ _both(by.shares, means).t()).unflatten(2, taps)
     g, x = means.permute(0, 2, 3, 1), pooled.permute(0, 2, 3, 1)
     rows = g.reshape(-1, groups, g.shape[3] // groups)
-    across = _across(by[1], means)
+    across = _across(by.columns, means)
     batch, height, _, channels = x.shape
+    depthwise = groups == channels == means.shape[1]  # then the products are elementwise
     read = (across @ x).view(batch, height, -1)
     parts = []
-    for down in _down(by[0], means):
+    for down in _down(by.rows, means):
         terms = (down @ read).view(len(rows), -1, groups, channels // groups)  # q; tap of the columns; channel
-        parts.append(torch.einsum("mgo,mkgi->goik", rows, terms))
+        if depthwise:
+            parts.append((rows.unsqueeze(1) * terms).sum(0).permute(1, 2, 0).unsqueeze(1))
+        else:
+            parts.append(torch.einsum("mgo,mkgi->goik", rows, terms))
     return torch.stack(parts, 3).flatten(0, 1)
 
 
@@ -91,18 +133,41 @@ def input_gradient(means: Tensor, weight: Tensor, by: Reads, groups: int) -> Ten
     Returns:
         (B, C_in, R, R').
     """
+    if by.shares is not None:
+        sizes = [each.shape[1] for each in by.shares]
+        kernel = (weight.flatten(2) @ _both(by.shares, means)).unflatten(2, sizes)
+        like = means.new_empty(1).expand(len(means), weight.shape[1] * groups, *means.shape[2:])
+        return _backward(means, like, kernel, groups, (True, False, False))[0]
     g = means.permute(0, 2, 3, 1)
     batch, height, width, outputs = g.shape
     rows = g.reshape(-1, groups, outputs // groups)
-    across = _across(by[1], means).t()
+    across = _across(by.columns, means).t()
     taps = weight.unflatten(0, (groups, -1)).permute(3, 0, 1, 4, 2)  # tap of the rows first, channels of x last
     total: Tensor | None = None
-    for down, kernel in zip(_down(by[0], means), taps, strict=True):
-        terms = torch.einsum("mgo,goki->mkgi", rows, kernel).reshape(batch * height, width * kernel.shape[2], -1)
+    for down, kernel in zip(_down(by.rows, means), taps, strict=True):
+        if kernel.shape[0] == outputs and kernel.shape[3] == 1:  # depthwise: elementwise
+            terms = rows.unsqueeze(1) * kernel.squeeze(1).transpose(0, 1)
+        else:
+            terms = torch.einsum("mgo,goki->mkgi", rows, kernel)
+        terms = terms.reshape(batch * height, width * kernel.shape[2], -1)
         read = down.t() @ (across @ terms).view(batch, height, -1)
         total = read if total is None else total.add_(read)
     assert total is not None
-    return total.view(batch, by[0].shape[2], by[1].shape[2], -1).permute(0, 3, 1, 2)
+    return total.view(batch, by.rows.shape[2], by.columns.shape[2], -1).permute(0, 3, 1, 2)
+
+
+def _both(shares: tuple[np.ndarray, np.ndarray], like: Tensor) -> Tensor:
+    """Taps of both axes x patches of both."""
+    return torch.from_numpy(np.kron(*shares)).to(like)
+
+
+def _backward(g: Tensor, x: Tensor, kernel: Tensor, groups: int, wanted: tuple[bool, bool, bool]) -> list[Tensor]:
+    """Gradients of a convolution of maps of patches, whose taps lie around each patch."""
+    padding = [size // 2 for size in kernel.shape[2:]]
+    found: list[Tensor] = torch.ops.aten.convolution_backward.default(
+        g, x, kernel, None, (1, 1), padding, (1, 1), False, (0, 0), groups, wanted
+    )
+    return found
 
 
 def _down(counts: np.ndarray, like: Tensor) -> Iterator[Tensor]:
