@@ -517,11 +517,12 @@ def test_an_estimate_knows_a_filtered_net() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of dynamo, about the cache of plans
-def test_compiled_it_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("taps", ["summed", "apart"])
+def test_compiled_it_gives_the_same_gradients(taps: Any) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
     model = memfit.convert_(
-        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1)), GradientFilter(2)
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1)), GradientFilter(2, taps)
     )
     x, g = torch.randn(2, 3, 9, 8), torch.randn(2, 4, 9, 8)
     plain = gradients(model, x, g)

@@ -34,7 +34,6 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -119,7 +118,7 @@ def _plan_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut
     return *cuts, round(dilation / width) if is_wide else 0, stride
 
 
-def _read_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, Cut, np.ndarray]:
+def _read_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, Cut, taps_apart.Counts]:
     """Patches that cover all of x, and which of them each tap reads."""
     patch = min(patch, outputs)
     kernel, stride, padding, dilation, mode = window

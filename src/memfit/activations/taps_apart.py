@@ -18,13 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+Counts = tuple[tuple[tuple[int, ...], ...], ...]
+Shares = tuple[tuple[int, ...], ...]
+
 
 class Reads(NamedTuple):
-    """What the taps read.
+    """What the taps read. Plain numbers, as these are kept, and compilers are to see through them.
 
     Attributes:
         rows: N of the rows, (taps, patches of the output, patches of x).
@@ -32,27 +34,33 @@ class Reads(NamedTuple):
         shares: A of both, (taps, 2 r + 1) for a reach of r patches, or None where N depends on more than r - q.
     """
 
-    rows: np.ndarray
-    columns: np.ndarray
-    shares: tuple[np.ndarray, np.ndarray] | None
+    rows: Counts
+    columns: Counts
+    shares: tuple[Shares, Shares] | None
 
 
-def of_axes(rows: np.ndarray, columns: np.ndarray) -> Reads:
+def of_axes(rows: Counts, columns: Counts) -> Reads:
     """Of both axes."""
     of_rows, of_columns = _shares(rows), _shares(columns)
     return Reads(rows, columns, None if of_rows is None or of_columns is None else (of_rows, of_columns))
 
 
-def _shares(counts: np.ndarray) -> np.ndarray | None:
-    _, outputs, inputs = counts.shape
+def _shares(counts: Counts) -> Shares | None:
+    outputs, inputs = len(counts[0]), len(counts[0][0])
     if outputs != inputs:
         return None
-    _, q, r = counts.nonzero()
-    reach = int(abs(r - q).max(initial=0))
-    diagonals = [np.diagonal(counts, away, 1, 2) for away in range(-reach, reach + 1)]
-    if any((each != each[:, :1]).any() for each in diagonals):
-        return None
-    return np.stack([each[:, 0] for each in diagonals], 1)
+    reach = 0
+    found: list[dict[int, int]] = []
+    for tap in counts:
+        row: dict[int, int] = {}
+        for q in range(outputs):
+            for r in range(inputs):
+                if row.setdefault(r - q, tap[q][r]) != tap[q][r]:
+                    return None
+                if tap[q][r]:
+                    reach = max(reach, abs(r - q))
+        found.append(row)
+    return tuple(tuple(row.get(away, 0) for away in range(-reach, reach + 1)) for row in found)
 
 
 def position(pixel: int, size: int, mode: str) -> int | None:
@@ -68,7 +76,7 @@ def position(pixel: int, size: int, mode: str) -> int | None:
     return None
 
 
-def reads(size: int, outputs: int, positions: list[list[int | None]], widths: tuple[int, int]) -> np.ndarray:
+def reads(size: int, outputs: int, positions: list[list[int | None]], widths: tuple[int, int]) -> Counts:
     """N of one axis.
 
     Args:
@@ -78,14 +86,16 @@ def reads(size: int, outputs: int, positions: list[list[int | None]], widths: tu
         widths: of patches of the output, and of x; the first patches begin at the first pixels.
 
     Returns:
-        (taps, patches of the output, patches of x), float64.
+        (taps, patches of the output, patches of x).
     """
-    found = np.zeros((len(positions), -(-outputs // widths[0]), -(-size // widths[1])))
-    for tap, read in enumerate(positions):
+    found = []
+    for read in positions:
+        table = [[0] * -(-size // widths[1]) for _ in range(-(-outputs // widths[0]))]
         for pixel, position in enumerate(read):
             if position is not None:
-                found[tap, pixel // widths[0], position // widths[1]] += 1
-    return found
+                table[pixel // widths[0]][position // widths[1]] += 1
+        found.append(tuple(tuple(row) for row in table))
+    return tuple(found)
 
 
 def weight_gradient(means: Tensor, pooled: Tensor, by: Reads, groups: int) -> Tensor:
@@ -101,9 +111,9 @@ def weight_gradient(means: Tensor, pooled: Tensor, by: Reads, groups: int) -> Te
         (C_out, C_in / groups, taps of rows, taps of columns).
     """
     if by.shares is not None:
-        shape = (means.shape[1], pooled.shape[1] // groups, *(each.shape[1] for each in by.shares))
+        shape = (means.shape[1], pooled.shape[1] // groups, *(len(each[0]) for each in by.shares))
         gradient = _backward(means, pooled, means.new_empty(1).expand(shape), groups, (False, True, False))[1]
-        taps = [each.shape[0] for each in by.shares]
+        taps = [len(each) for each in by.shares]
         return (gradient.flatten(2) @ _both(by.shares, means).t()).unflatten(2, taps)
     g, x = means.permute(0, 2, 3, 1), pooled.permute(0, 2, 3, 1)
     rows = g.reshape(-1, groups, g.shape[3] // groups)
@@ -134,7 +144,7 @@ def input_gradient(means: Tensor, weight: Tensor, by: Reads, groups: int) -> Ten
         (B, C_in, R, R').
     """
     if by.shares is not None:
-        sizes = [each.shape[1] for each in by.shares]
+        sizes = [len(each[0]) for each in by.shares]
         kernel = (weight.flatten(2) @ _both(by.shares, means)).unflatten(2, sizes)
         like = means.new_empty(1).expand(len(means), weight.shape[1] * groups, *means.shape[2:])
         return _backward(means, like, kernel, groups, (True, False, False))[0]
@@ -153,12 +163,13 @@ def input_gradient(means: Tensor, weight: Tensor, by: Reads, groups: int) -> Ten
         read = down.t() @ (across @ terms).view(batch, height, -1)
         total = read if total is None else total.add_(read)
     assert total is not None
-    return total.view(batch, by.rows.shape[2], by.columns.shape[2], -1).permute(0, 3, 1, 2)
+    return total.view(batch, len(by.rows[0][0]), len(by.columns[0][0]), -1).permute(0, 3, 1, 2)
 
 
-def _both(shares: tuple[np.ndarray, np.ndarray], like: Tensor) -> Tensor:
+def _both(shares: tuple[Shares, Shares], like: Tensor) -> Tensor:
     """Taps of both axes x patches of both."""
-    return torch.from_numpy(np.kron(*shares)).to(like)
+    rows, columns = (torch.tensor(each, dtype=like.dtype, device=like.device) for each in shares)
+    return torch.kron(rows, columns)
 
 
 def _backward(g: Tensor, x: Tensor, kernel: Tensor, groups: int, wanted: tuple[bool, bool, bool]) -> list[Tensor]:
@@ -170,11 +181,11 @@ def _backward(g: Tensor, x: Tensor, kernel: Tensor, groups: int, wanted: tuple[b
     return found
 
 
-def _down(counts: np.ndarray, like: Tensor) -> Iterator[Tensor]:
+def _down(counts: Counts, like: Tensor) -> Iterator[Tensor]:
     """For each tap of the rows, patches of the output x patches of x."""
-    yield from torch.from_numpy(counts).to(like)
+    yield from torch.tensor(counts, dtype=like.dtype, device=like.device)
 
 
-def _across(counts: np.ndarray, like: Tensor) -> Tensor:
+def _across(counts: Counts, like: Tensor) -> Tensor:
     """Patches of the output, and in each the taps, x patches of x."""
-    return torch.from_numpy(counts).to(like).transpose(0, 1).flatten(0, 1)
+    return torch.tensor(counts, dtype=like.dtype, device=like.device).transpose(0, 1).flatten(0, 1)
