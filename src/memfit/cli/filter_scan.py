@@ -16,7 +16,7 @@ from memfit.cli.outputs import check_outputs, write_output
 from memfit.errors import MemfitError
 from memfit.ledger.picture import check_can_draw
 from memfit.ledger.report import format_bytes
-from memfit.ledger.target import Task, describe_failure, is_of_users_code, load_target
+from memfit.ledger.target import Task, load_target, users_code
 from memfit.vision.batches import cross_entropy
 from memfit.vision.filter_scan import PATCHES
 from memfit.vision.filter_scan import filter_scan as scan_task
@@ -101,7 +101,7 @@ def filter_scan(
             flip=False,
             seed=seed,
         )
-    try:
+    with users_code(what, _WITHOUT_MEMORY):
         task = load_target(str(target))() if config is None else _classifier(config)
         layers = "*" if not where else where[0] if len(where) == 1 else where
         scan = scan_task(
@@ -114,12 +114,6 @@ def filter_scan(
             native=native,
             notify=say,
         )
-    except MemfitError:
-        raise
-    except Exception as error:  # the user's code; a bug of memfit's keeps its traceback
-        if not is_of_users_code(error):
-            raise
-        raise MemfitError(describe_failure(what, error, _WITHOUT_MEMORY)) from error
 
     outputs = (
         (html, "page", lambda: render(scan, what).encode()),

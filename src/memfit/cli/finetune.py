@@ -11,6 +11,7 @@ import typer
 from memfit.cli import console
 from memfit.cli.console import say
 from memfit.cli.runs import show_cost, stoppable
+from memfit.ledger.target import users_code
 from memfit.report_page import count, percent
 from memfit.run.optimizers import OptimizerName
 from memfit.run.results import MODEL, PAGE
@@ -91,7 +92,8 @@ def finetune(
         flip=flip,
         seed=seed,
     )
-    report = stoppable(lambda: run(config, out, resume=resume, notify=say, progress=True), out)
+    with users_code(model, "a smaller batch needs less, or a smaller --size"):
+        report = stoppable(lambda: run(config, out, resume=resume, notify=say, progress=True), out)
     if as_json:
         print(report.to_json(), end="")
         return

@@ -84,5 +84,5 @@ class Watch(AbstractContextManager["Watch"]):
                     step: float(kept["rates"][str(step)]) for step in self._due if str(step) in kept["rates"]
                 }
                 self.process_bytes = int(kept["process_peak_bytes"])
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return

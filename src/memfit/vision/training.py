@@ -59,6 +59,8 @@ def check_scores(model: nn.Module, name: str, classes: int, size: int) -> None:
     if not isinstance(scores, Tensor) or scores.shape != (1, classes):
         found = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
         raise MemfitError(f"{where} gives {found}, and should give scores of shape (1, {classes}).")
+    if not scores.is_floating_point():
+        raise MemfitError(f"{where} gives {scores.dtype} scores, and should give floating-point ones.")
 
 
 def fewest_images(model: nn.Module, size: int) -> int:
