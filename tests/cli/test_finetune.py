@@ -146,6 +146,8 @@ def test_a_name_that_is_not_utf8_can_be_printed_and_reported(folder, tmp_path):
     [
         (["--steps", 0], ["steps"]),
         (["--epochs", 2], ["epochs and steps"]),
+        (["--steps", "1" + 400 * "0"], ["number of steps", "2^63 - 1", "401 digits"]),
+        (["--epochs", "9" * 30], ["number of epochs", "2^63 - 1"]),
         (["--batch-size", 0], ["batch size"]),
         (["--size", 0], ["size"]),
         (["--width", -1], ["width"]),
@@ -156,6 +158,7 @@ def test_a_name_that_is_not_utf8_can_be_printed_and_reported(folder, tmp_path):
         (["--model", "nowhere.py:net"], ["nowhere.py"]),
         (["--train", "layer9"], ["layer9"]),
         (["--convert", "Magic@fc"], ["Magic"]),
+        (["--convert", "GradientFilter(patch=4, patch=5)@layer4.*"], ["patch more than once"]),
         (["--convert", "LowRankGradient(rank=2)@layer9"], ["layer9"]),
         (["--weights", "missing.pth"], ["missing.pth"]),
     ],

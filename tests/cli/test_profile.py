@@ -182,7 +182,7 @@ def test_page_and_picture_are_written_whole() -> None:
         (["net.py:task", "--convert", "LowRankGradient(rank=0)"], "rank"),
         (["net.py:task", "--convert", "LowRankGradient(rank=2)@decoder.*"], "decoder"),
         (["net.py:task", "--convert", "LowRankGradient(rank=2)@"], "names no layers"),
-        (["net.py:task", "--steps", "0"], "1 step or more"),
+        (["net.py:task", "--steps", "0"], "number of steps must be 1 or more"),
         (["net.py:task", "--compare"], "needs a conversion"),
         (["net.py:task", "--json", "no/such/folder.json"], "the folder does not exist"),
     ],

@@ -28,9 +28,11 @@ from memfit.vision.scan_picture import draw_png
 from memfit.vision.scan_words import agreement_in_words, keepers_in_words, spared_in_words, times, together_rows
 
 _WITHOUT_MEMORY = "a smaller batch needs less, or fewer layers: --where"
+_OF_DATA = ("model", "weights", "width", "size", "train", "batch_size", "seed")
 
 
 def filter_scan(
+    context: typer.Context,
     target: Annotated[
         str | None,
         typer.Argument(
@@ -83,6 +85,9 @@ def filter_scan(
     """Show which convolutions are worth a gradient filter: their time, memory and gradients, exact and filtered."""
     if (target is None) == (data is None):
         raise MemfitError("give either a target, such as file.py:function, or images by --data.")
+    if target is not None and (unused := [name for name in _OF_DATA if _was_given(context, name)]):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise MemfitError(f"{options}: such options go with --data; what {target} returns has its own: leave them out.")
     summed_or_apart = cast("Literal['summed', 'apart']", taps)  # the technique itself refuses other words
     if png is not None:
         check_can_draw()
@@ -165,6 +170,11 @@ def show_scan(scan: FilterScan, technique: Callable[[int], GradientFilter]) -> N
         show(sentence)
     for sentence in _options(scan, technique):
         show(sentence)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _classifier(config: FinetuneConfig) -> Task:

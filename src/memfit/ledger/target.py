@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +26,7 @@ from memfit.convert import convert_
 from memfit.errors import MemfitError
 from memfit.gradients.low_rank import LowRankGradient
 from memfit.ledger.source import is_users
+from memfit.run.counts import check_count
 from memfit.technique import Technique
 
 TECHNIQUES: dict[str, type[Technique]] = {"LowRankGradient": LowRankGradient, "GradientFilter": GradientFilter}
@@ -66,8 +68,7 @@ class ProfileConfig:
     steps: int = 3
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise MemfitError(f"a profile takes 1 step or more, not {self.steps}.")
+        check_count("number of steps", self.steps)
         parse_optimizer(self.optimizer)
         for conversion in self.conversions:
             parse_conversion(conversion)
@@ -304,9 +305,13 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 def _is_of_users_code(error: Exception) -> bool:
     """Whether an error came up in code of the user's, or below it, or for lack of memory; else it is a bug of ours."""
-    names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    users = [name for name in names if is_users(name) and name.partition(".")[0] not in _LIBRARIES]
-    return isinstance(error, SyntaxError) or _lacks_memory(error) or bool(users)
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, SyntaxError) or _lacks_memory(error) or any(map(_is_users, frames))
+
+
+def _is_users(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__"))
+    return is_users(name) and name.partition(".")[0] not in _LIBRARIES
 
 
 def _lacks_memory(error: Exception) -> bool:
@@ -318,9 +323,8 @@ def _place_of(error: Exception) -> str:
     """File and line of the user's code in which an error came up, or went into a library."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
-    frames = [(frame.f_globals.get("__name__"), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    users = [each for each in frames if is_users(each[0])] or frames
-    _, frame, line = users[-1]
+    frames = list(traceback.walk_tb(error.__traceback__))
+    frame, line = ([each for each in frames if _is_users(each[0])] or frames)[-1]
     return f"{frame.f_code.co_filename}:{line}"
 
 

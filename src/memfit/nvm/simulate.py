@@ -28,6 +28,7 @@ from memfit.nvm.schemes import PERIOD, RATES, SCHEMES, Learner, Rates, Scheme
 from memfit.nvm.streams import Stream, UserStream
 from memfit.nvm.worlds import SHIFT_EVERY, WORLDS, ImageStream, World
 from memfit.run import results
+from memfit.run.counts import check_count
 from memfit.run.identity import digest
 from memfit.run.interrupts import InterruptedRun
 from memfit.run.progress import Meter
@@ -89,8 +90,7 @@ class NvmConfig:
             ("period", self.period),
             ("number of steps", self.pretraining_steps),
         ):
-            if value < 1:
-                raise MemfitError(f"the {what} must be 1 or more, not {value}.")
+            check_count(what, value)
         if self.shift_every < 100 or self.shift_every % 100:
             raise MemfitError(f"shifts come every 100, 200, 300 ... samples, not every {self.shift_every}.")
         if not 0 <= self.seed < 2**63:

@@ -57,6 +57,10 @@ def read_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = ())
             arrays = {name: file[name] for name in (*needed, *optional) if name in file.files}
     except _DAMAGE as error:
         raise DataError(damaged) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise DataError(damaged) from error  # what bz2 says of damaged bytes
     except MemoryError as error:
         raise DataError(f"{path}: its arrays do not fit into memory.") from error
     if not all(isinstance(array, numpy.ndarray) for array in arrays.values()):

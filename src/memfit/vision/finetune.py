@@ -21,6 +21,7 @@ from memfit.fit import StepRecord, fit
 from memfit.ledger.target import parse_conversion
 from memfit.report_page import percent
 from memfit.run import results
+from memfit.run.counts import check_count
 from memfit.run.identity import digest
 from memfit.run.interrupts import InterruptedRun
 from memfit.run.optimizers import OptimizerName, make_optimizer, make_schedule
@@ -95,8 +96,7 @@ class FinetuneConfig:
             ("batch size", self.batch_size),
             ("size", self.size),
         ):
-            if value is not None and value < 1:
-                raise MemfitError(f"the {name} must be 1 or more, not {value}.")
+            check_count(name, value)
         if self.size > LARGEST_SIZE:
             raise MemfitError(f"the size must be at most {LARGEST_SIZE}, not {self.size}.")
         if self.epochs is not None and self.steps is not None:
