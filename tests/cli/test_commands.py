@@ -150,6 +150,7 @@ def test_a_very_short_recording_simply_works(base, tmp_path):
     [
         ("--steps", 0, "steps"),
         ("--steps", -3, "steps"),
+        ("--steps", 10**400, "2^63 - 1"),
         ("--rank", 0, "rank"),
         ("--rank", 1000, "1000"),
         ("--batch-size", 0, "batch size"),

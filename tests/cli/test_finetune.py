@@ -126,6 +126,127 @@ def test_a_net_of_ones_own_says_how_it_is_used(folder, tmp_path, monkeypatch):
     refused(run("classify", "--model", "finetuned/model.safetensors", folder / "a/0.png"), "--network", "mine.py:net")
 
 
+OWN = """
+import torch
+from torch import nn
+
+def linear(classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, classes))
+
+class Net(nn.Module):
+    def __init__(self, classes, change):
+        super().__init__()
+        self.net, self.change = linear(classes), change
+
+    def forward(self, x):
+        return self.change(self, self.net(x))
+
+def raising(self, scores):
+    raise KeyError("scale")
+
+def asserting(self, scores):
+    assert len(scores) == 7
+    return scores
+
+def dividing(self, scores):
+    return scores * (1 / 0)
+
+def training_only(self, scores):
+    if self.training:
+        raise RuntimeError("not in training")
+    return scores
+
+CHANGES = {
+    "plain": lambda self, scores: scores,
+    "raises": raising,
+    "asserts": asserting,
+    "divides": dividing,
+    "detached": lambda self, scores: scores.detach(),
+    "rounded": lambda self, scores: scores.round().long(),
+    "training": training_only,
+    "nan": lambda self, scores: scores * float("nan"),
+}
+
+for name, change in CHANGES.items():
+    globals()[name] = lambda classes, change=change: Net(classes, change)
+
+def fails(classes):
+    raise KeyError("settings")
+
+def alone():
+    return linear(2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "raises",
+            [
+                "raises: the model, given images of shape (1, 3, 16, 16), fails with KeyError: 'scale' (at ",
+                "mine.py:17)",
+            ],
+        ),
+        ("asserts", ["asserts fails with AssertionError: no message (at ", "mine.py:20)"]),
+        ("divides", ["divides fails with ZeroDivisionError"]),
+        ("detached", ["the loss depends on no parameter that trains"]),
+        ("rounded", ["rounded: the model, given images of shape (1, 3, 16, 16),", "torch.int64 scores"]),
+        ("training", ["training fails with RuntimeError: not in training (at "]),
+        ("nan", ["the loss or its gradients are not finite at any step"]),
+        ("fails", ["fails fails with KeyError: 'settings' (at "]),
+        ("alone", ["alone is called with the number of classes, and takes ()"]),
+    ],
+)
+def test_a_net_of_ones_own_that_fails_is_one_sentence_and_leaves_no_model(folder, tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN, encoding="utf-8")
+    options = ("finetune", "--data", folder, "--size", 16, "--steps", 2, "--batch-size", 4, "--out", "out")
+    refused(run(*options, "--model", f"mine.py:{name}"), *words)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_net_of_ones_own_that_fails_at_an_image_is_one_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN, encoding="utf-8")
+    options = ("finetune", "--data", folder, "--size", 16, "--steps", 2, "--batch-size", 4, "--out", "out")
+    assert run(*options, "--model", "mine.py:plain").exit_code == 0
+    for name, words in (
+        ("plain", None),
+        ("detached", None),  # fine where nothing trains
+        ("raises", "fails with KeyError: 'scale' (at "),
+        ("asserts", "fails with AssertionError"),
+        ("rounded", "torch.int64 scores"),
+        ("fails", "fails with KeyError: 'settings'"),
+        ("alone", "is called with the number of classes, and takes ()"),
+    ):
+        command = ("classify", "--model", "out/model.safetensors", "--network", f"mine.py:{name}", folder / "a/0.png")
+        if words:
+            refused(run(*command), f"mine.py:{name}", words)
+        else:
+            assert run(*command).exit_code == 0
+
+
+def test_a_bug_of_memfits_keeps_its_traceback(folder, tmp_path, monkeypatch):
+    # In a module of memfit's name: by that, its errors are told from those of the user's code.
+    scope = {"__name__": "memfit.vision.batches"}
+    exec(compile("def broken(*_, **__):\n    raise AssertionError('a bug')\n", "batches.py", "exec"), scope)
+    monkeypatch.setattr("memfit.vision.finetune.predict", scope["broken"])
+    assert isinstance(finetune(folder, tmp_path / "out").exception, AssertionError)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_refused_at_once(folder, tmp_path):
+    for name in ("pipe.safetensors", "pipe.pth", "pipe.npz"):
+        os.mkfifo(tmp_path / name)
+    told = ("this is a device or a pipe, not a",)
+    refused(run("classify", "--model", tmp_path / "pipe.safetensors", folder / "a/0.png"), *told)
+    for name in ("pipe.safetensors", "pipe.pth"):
+        refused(finetune(folder, tmp_path / "out", "--weights", tmp_path / name), name, *told)
+    refused(finetune(tmp_path / "pipe.npz", tmp_path / "out"), "pipe.npz", *told)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not UTF-8")
 def test_a_name_that_is_not_utf8_can_be_printed_and_reported(folder, tmp_path):
     strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/images \xff"))
@@ -205,6 +326,11 @@ def test_an_earlier_result_and_other_settings_are_one_sentence(folder, tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     refused(finetune(folder, tmp_path / "out"), str(tmp_path / "out"), "--resume")
     refused(finetune(folder, tmp_path / "out", "--resume", "--seed", 5), "report.json", "seed")
+    report = tmp_path / "out/report.json"
+    for text in ("[" * 100_000, '{"a":' * 100_000, "{}", "text"):
+        report.write_text(text)
+        refused(finetune(folder, tmp_path / "out", "--resume"), "report.json: not a report of memfit finetune")
+    report.write_bytes(before["report.json"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 

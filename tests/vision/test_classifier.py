@@ -159,7 +159,7 @@ def test_a_net_of_ones_own_is_made_by_the_function_that_is_named_and_no_other(tm
     assert torch.equal(found[1].weight, net[1].weight)
     with pytest.raises(MemfitError, match="must return a torch"):
         load("model.safetensors", "mine.py:nothing")
-    for network, complaint in (("nowhere", "raises"), ("rounded", "torch.int64 scores")):
+    for network, complaint in (("nowhere", "fails with"), ("rounded", "torch.int64 scores")):
         with pytest.raises(MemfitError, match=rf"mine\.py:{network}: the model, given images .*{complaint}"):
             load("model.safetensors", f"mine.py:{network}")
 

@@ -185,7 +185,8 @@ def describe_failure(target: str, error: Exception, without_memory: str) -> str:
         error: as it was caught.
         without_memory: what to do where memory was too little.
     """
-    said = " ".join(str(error).split()) or "no message"
+    # The first paragraph: after it, torch lists its back ends and the frames of compiled code.
+    said = " ".join(str(error).strip().partition("\n\n")[0].split()) or "no message"
     if _lacks_memory(error):
         said += f"; {without_memory}"
     return f"{target} fails with {type(error).__name__}: {said} (at {_place_of(error)})."
