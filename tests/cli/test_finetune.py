@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -21,6 +20,8 @@ from typer.testing import CliRunner, Result
 from memfit.cli.app import app
 
 image_module = pytest.importorskip("PIL.Image", reason='needs pip install "memfit[vision]"')
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ("--width", 0.125, "--size", 33, "--steps", 3, "--batch-size", 4)
 
@@ -34,16 +35,6 @@ def folder(tmp_path: Path) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         image_module.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=numpy.uint8)).save(place / f"{number}.png")
     return tmp_path / "images"
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In the processes that tests start, too: other numbers of threads add in other orders."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments: object) -> Result:

@@ -10,7 +10,7 @@ import typer
 
 from memfit.cli import console
 from memfit.cli.console import say
-from memfit.cli.runs import show_cost, stoppable
+from memfit.cli.runs import AsJson, Resume, show_cost, stoppable
 from memfit.ledger.target import users_code
 from memfit.report_page import count, percent
 from memfit.run.optimizers import OptimizerName
@@ -71,8 +71,8 @@ def finetune(
     out: Annotated[
         Path, typer.Option(help="Folder for the model and the report; must not hold an earlier run.", metavar="DIR")
     ] = Path("finetuned"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if it was stopped.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune an image classifier on your own images."""
     config = FinetuneConfig(

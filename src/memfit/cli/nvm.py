@@ -9,7 +9,7 @@ import typer
 
 from memfit.cli import console
 from memfit.cli.console import say, show_table
-from memfit.cli.runs import stoppable
+from memfit.cli.runs import AsJson, Resume, stoppable
 from memfit.ledger.target import users_code
 from memfit.nvm.page import joules, lifetime
 from memfit.nvm.run_report import NvmReport
@@ -67,8 +67,8 @@ def nvm(
     out: Annotated[
         Path, typer.Option(help="Folder for the report and the figure; must not hold an earlier run.", metavar="DIR")
     ] = Path("nvm"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if it was stopped.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
 ) -> None:
     """Simulate online learning in non-volatile memory: accuracy, writes, energy and lifetime."""
     worlds = world or [each for each in WORLDS if stream is None or each != "shift"]
