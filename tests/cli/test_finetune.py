@@ -336,9 +336,12 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_ctrl_c_says_how_to_go_on_and_killing_costs_nothing(folder, tmp_path):
+def test_ctrl_c_says_how_to_go_on_and_killing_costs_nothing(folder, tmp_path, monkeypatch):
     """One run whole, one that is interrupted, killed and resumed: the same weights."""
-    options = ["finetune", "--data", folder, "--width", 0.125, "--size", 33, "--batch-size", 4, "--steps", 60]
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN, encoding="utf-8")
+    options = ["finetune", "--data", folder, "--model", "mine.py:plain", "--size", 33, "--batch-size", 4]
+    options += ["--steps", 400]
     assert run(*options, "--out", tmp_path / "whole").exit_code == 0
     checkpoint = tmp_path / "out/checkpoint.safetensors"
 
@@ -355,7 +358,7 @@ def test_ctrl_c_says_how_to_go_on_and_killing_costs_nothing(folder, tmp_path):
     if code:  # else it was done before the signal came
         assert (code, output) == (130, ""), errors
         assert "Traceback" not in errors
-        assert re.search(r"interrupted after step \d+ of 60; the last checkpoint: .*checkpoint", errors)
+        assert re.search(r"interrupted after step \d+ of 400; the last checkpoint: .*checkpoint", errors)
         assert re.search(r"to go on: memfit finetune --data .* --resume\n$", errors)
         stopped(signal.SIGKILL, "--resume")
         assert run(*options, "--out", tmp_path / "out", "--resume").exit_code == 0
