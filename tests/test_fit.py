@@ -650,6 +650,23 @@ def test_without_a_checkpoint_of_its_own_the_run_says_so(tmp_path: Path) -> None
         assert same(everything(setup)["model"], before["model"])
 
 
+@pytest.mark.parametrize("kind", ["input", "loss", "gradient"])
+def test_a_run_shorter_than_patience_without_one_good_step_is_an_error(kind: str, tmp_path: Path) -> None:
+    setup = made(poisoned({0, 1}, kind), 1)
+    before = everything(setup)
+    with pytest.raises(TrainingError, match="not finite at any step; there is no checkpoint of this run"):
+        fit_poisoned(setup, steps=2, patience=3, checkpoint=tmp_path / "c")
+    assert same(everything(setup)["model"], before["model"])
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_loss_that_depends_on_nothing_that_trains_is_one_sentence() -> None:
+    setup = made(poisoned(set(), "loss"), 1)
+    setup.model.register_forward_hook(lambda _module, _inputs, output: output.detach())
+    with pytest.raises(TrainingError, match="the loss depends on no parameter that trains"):
+        fit_poisoned(setup, steps=2)
+
+
 def test_no_checkpoint_is_written_at_a_bad_batch(tmp_path: Path) -> None:
     steps_saved = []
 

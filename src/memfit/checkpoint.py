@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from memfit.errors import CheckpointError
-from memfit.files import atomic_write
-from memfit.storage import NATIVE_DTYPES, Stored, lay_out
+from memfit.files import atomic_write, check_ordinary
+from memfit.storage import NATIVE_DTYPES, Stored, kind_if_not_plain, lay_out
 
 FORMAT = "memfit.checkpoint"
 VERSION = 1
@@ -110,11 +110,9 @@ def _encode(value: Tree, where: str, found: list[tuple[str, Tensor, dict[str, An
         return {"bytes": base64.b64encode(value).decode()}
     if isinstance(value, Tensor):
         reference: dict[str, Any] = {}
-        plain = value.detach()
-        if type(plain) is not Tensor or plain.layout != torch.strided or plain.is_quantized or plain.is_meta:
-            kind = f"{type(plain).__name__} of layout {plain.layout}, dtype {plain.dtype}, on {plain.device}"
+        if kind := kind_if_not_plain(value):
             raise CheckpointError(f"{path}: {where} is a {kind}: a checkpoint holds plain dense tensors only.")
-        found.append((where, plain, reference))
+        found.append((where, value.detach(), reference))
         return {"tensor": reference}
     if isinstance(value, list | tuple):
         items = [_encode(item, f"{where}.{index}".lstrip("."), found, path) for index, item in enumerate(value)]
@@ -231,13 +229,10 @@ def _checksum_field(checksum: str) -> bytes:
 
 def _verified_structure(path: str | os.PathLike[str]) -> Any:
     """The structure in the header of a file that is whole and ours."""
-    if os.path.isdir(path):
-        raise CheckpointError(f"{path}: this is a folder, not a checkpoint: give the file in it.")
+    check_ordinary(path, "checkpoint", CheckpointError)
     try:
         with open(path, "rb") as file:
             return _read_structure(path, file)
-    except FileNotFoundError as problem:
-        raise CheckpointError(f"{path}: there is no such checkpoint.") from problem
     except OSError as problem:
         raise CheckpointError(f"{path}: the checkpoint cannot be read: {problem.strerror}.") from problem
 

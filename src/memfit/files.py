@@ -1,4 +1,4 @@
-"""Writing a file so that it is either the old one or the new one, whole, whatever happens in between.
+"""Reading ordinary files only, and writing a file so that it is the old one or the new one, whole, whatever happens.
 
 The new content goes to a file beside the target (the same file system), is flushed to the disk, and takes the target's
 name in one step. A program that is killed on the way leaves the half-written file behind under a name that the next
@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,42 @@ _ADVICE = {
     errno.EROFS: "the disk is read-only: choose a folder on another disk",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
 }
+
+
+def read_file(path: str | os.PathLike[str], what: str, error: type[MemfitError]) -> bytes:
+    """The content of an ordinary file.
+
+    Args:
+        path: the file.
+        what: what it should be, for messages: ``"image"``.
+        error: the error to raise.
+
+    Raises:
+        MemfitError: ``error``, where it is missing, is no ordinary file, or cannot be read.
+    """
+    check_ordinary(path, what, error)
+    try:
+        return Path(path).read_bytes()
+    except OSError as problem:
+        raise error(f"{path}: the {what} cannot be read: {problem.strerror or problem}.") from problem
+
+
+def check_ordinary(path: str | os.PathLike[str], what: str, error: type[MemfitError]) -> None:
+    """Refuse a file that is missing, and a folder, a pipe, which may never come, and a device, which may never end.
+
+    Raises:
+        MemfitError: ``error``, as :func:`read_file` would.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError) as problem:  # ValueError: a name with a null character
+        raise error(f"{path}: there is no such {what}.") from problem
+    except OSError as problem:
+        raise error(f"{path}: the {what} cannot be read: {problem.strerror or problem}.") from problem
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        article = "an" if what[0] in "aeiouAEIOU" else "a"
+        raise error(f"{path}: this is {found}, not {article} {what}: give an ordinary file.")
 
 
 @contextmanager

@@ -98,8 +98,9 @@ def fit(
         CheckpointError: the checkpoint cannot be written (found out before the first step where possible), or the one
             to resume from is damaged, foreign, of more than ``steps`` steps, or made with other settings, another model
             or another optimizer. The model is then as it was.
-        TrainingError: ``patience`` is used up, or the weights are not finite. The last checkpoint of this run, when
-            there is one, is loaded back into model, optimizer and scheduler.
+        TrainingError: ``patience`` is used up, no step had a finite loss and finite gradients, or the weights are not
+            finite. The last checkpoint of this run, when there is one, is loaded back into model, optimizer and
+            scheduler. Or the loss depends on no parameter that trains.
         DataError: an epoch has no batches.
         ValueError: an argument out of range, or an optimizer that was made before :func:`memfit.convert_`.
 
@@ -147,7 +148,7 @@ def fit(
                     display.show(record, run.peak)
                     if on_step is not None:
                         on_step(record)
-                    run.end_step(due=record.step % every == 0 or record.step == steps)
+                    run.end_step(due=record.step % every == 0 or record.step == steps, last=record.step == steps)
             if interrupts.signal is not None and run.done > resumed_from and run.saved_at != run.done:
                 run.end_step(due=True)
             run.position.close()
@@ -268,11 +269,13 @@ class _Run(Generic[B]):
         self.bad_in_a_row = 0 if updated else self.bad_in_a_row + 1
         return record
 
-    def end_step(self, due: bool) -> None:
-        """Give up after too many bad batches; write the checkpoint when it is due."""
+    def end_step(self, due: bool, last: bool = False) -> None:
+        """Give up after too many bad batches, or where no batch was good; write the checkpoint when it is due."""
         if self.bad_in_a_row >= self.patience:
             several = f"{self.patience} batches in a row, up to " if self.patience > 1 else ""
             self._give_up(f"the loss or its gradients are not finite at {several}step {self.done}")
+        if last and self.bad_in_a_row == self.done:
+            self._give_up("the loss or its gradients are not finite at any step")
         if due and not weights_are_finite(self.model):
             self._give_up(f"the weights are not finite after step {self.done}")
         if due and self.path is not None and self.bad_in_a_row == 0:
@@ -291,6 +294,8 @@ class _Run(Generic[B]):
             first = len(values) == 1
             if first and not math.isfinite(values[0]):
                 raise _NotFinite
+            if not loss.requires_grad:
+                raise TrainingError("the loss depends on no parameter that trains: unfreeze some, or detach less.")
             loss.backward()
             if not self._clip() and first:
                 raise _NotFinite

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from memfit.errors import DataError
-from memfit.files import atomic_write
+from memfit.files import atomic_write, read_file
+from memfit.run.finite import all_finite
 
 C = TypeVar("C")
+
+# Floats of 8 bits are not among them: such weights have scales beside them, without which they are others.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_KINDS = {**dict.fromkeys(_FLOATS, "float of 16 bits or more"), **dict.fromkeys(_WHOLE, "whole numbers")}
 
 
 def write(path: str | Path, state: Mapping[str, Tensor], key: str, config: Mapping[str, object]) -> None:
@@ -56,16 +63,9 @@ def read_bytes(path: str | Path) -> bytes:
     """The content of a model's file.
 
     Raises:
-        DataError: the file is missing or cannot be read.
+        DataError: it is missing, no ordinary file, or cannot be read.
     """
-    try:
-        return Path(path).read_bytes()
-    except IsADirectoryError as error:
-        raise DataError(f"{path}: this is a folder; give the model file in it, such as model.safetensors.") from error
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{path}: there is no such model file.") from error
-    except OSError as error:
-        raise DataError(f"{path}: the model file cannot be read: {error.strerror or error}.") from error
+    return read_file(path, "model file", DataError)
 
 
 def read_config(
@@ -94,41 +94,41 @@ def read_config(
         raise DataError(f"{path}: the {what}'s configuration in the header is wrong: {error}.") from error
 
 
-def check_tensors(
-    path: str | Path,
-    tensors: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    what: str,
-    optional: Iterable[str] = (),
-) -> None:
-    """Refuse a file whose tensors are not those of a model.
+def converts(found: torch.dtype, own: torch.dtype) -> bool:
+    """Whether numbers of a file become those of a model by nothing but rounding."""
+    return found == own or (own in _KINDS and _KINDS.get(found) == _KINDS[own])
+
+
+def checked_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str
+) -> dict[str, Tensor]:
+    """The tensors of a file in a model's dtypes; a file whose tensors are not those of the model is refused.
 
     Args:
         path: the file, for messages.
         tensors: those of the file.
         expected: the model's state dict; the tensors may be on the meta device.
         what: the kind of the model, for messages: ``"recognizer"``.
-        optional: names that may be missing.
 
     Raises:
         DataError: a tensor is missing, too many, of another shape or kind, or not finite.
     """
-    for name, model_tensor in expected.items():
+    checked = {}
+    for name, own in expected.items():
         found = tensors.get(name)
-        if found is None and name in optional:
-            continue
-        floating = model_tensor.is_floating_point()
-        if found is None or found.shape != model_tensor.shape or found.is_floating_point() != floating:
+        if found is None or found.shape != own.shape or not converts(found.dtype, own.dtype):
             has = "lacks it" if found is None else f"has {found.dtype} {tuple(found.shape)}"
-            kind = "float" if floating else "whole numbers"
+            kind = _KINDS.get(own.dtype, own.dtype)
             raise DataError(
-                f"{path}: {name} should be {kind} {tuple(model_tensor.shape)} by its configuration, but the file {has}."
+                f"{path}: {name} should be {kind} {tuple(own.shape)} by its configuration, but the file {has}."
             )
-        if not bool(found.isfinite().all()):
+        checked[name] = found.to(own.dtype)
+        if not all_finite([checked[name]]):  # asked last: a larger number may be none in the model's dtype
             raise DataError(f"{path}: the weights {name} are not finite; write the model again.")
     foreign = sorted(set(tensors) - set(expected))
     if foreign:
         raise DataError(f"{path}: the tensor {foreign[0]!r} does not belong to a {what}.")
+    return checked
 
 
 def _header(payload: bytes) -> Mapping[str, str]:

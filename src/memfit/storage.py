@@ -28,6 +28,18 @@ NATIVE_DTYPES = {
 }
 
 
+def kind_if_not_plain(tensor: Tensor) -> str:
+    """What a tensor is, in words, that is no plain dense one with numbers in it; ``""`` for a plain one."""
+    plain = tensor.detach()
+    if (
+        type(plain) is Tensor
+        and plain.layout == torch.strided
+        and not (plain.is_quantized or plain.is_meta or plain.is_nested)
+    ):
+        return ""
+    return f"{type(plain).__name__} of layout {plain.layout}, dtype {plain.dtype}, on {plain.device}"
+
+
 @dataclass(frozen=True)
 class Stored:
     """One entry of a file.

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,10 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("jiwer")
 pytest.importorskip("soxr")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RATE = 8000
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The matrices here are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -150,6 +142,7 @@ def test_a_very_short_recording_simply_works(base, tmp_path):
     [
         ("--steps", 0, "steps"),
         ("--steps", -3, "steps"),
+        ("--steps", 10**400, "2^63 - 1"),
         ("--rank", 0, "rank"),
         ("--rank", 1000, "1000"),
         ("--batch-size", 0, "batch size"),

@@ -44,6 +44,9 @@ def dense():
 def shapes():
     return net(), torch.randn(2, 5, 9, 9), lambda model, batch: model(batch).square().mean()
 
+def takes(classes):
+    return task()
+
 def fails():
     raise ValueError("no data here")
 """
@@ -137,6 +140,11 @@ def test_a_classifier_is_scanned_as_it_would_be_fine_tuned() -> None:
     [
         ([], "give either a target"),
         (["net.py:task", "--data", "images.npz"], "give either a target"),
+        (["net.py:task", "--model", "resnet18"], "--model: such options go with --data"),
+        (["net.py:task", "--weights", "a.pth", "--train", "fc"], "--weights, --train: such options go with --data"),
+        (["net.py:task", "--width", "1", "--batch-size", "4"], "--width, --batch-size: such options go with --data"),
+        (["net.py:task", "--size", "8", "--seed", "0"], "--size, --seed: such options go with --data"),
+        (["net.py:takes"], "net.py:takes is called with no argument, and takes (classes)"),
         (["net.py"], "names no function"),
         (["missing.py:task"], "there is no file missing.py"),
         (["net.py:other"], "has no function 'other'"),
@@ -148,7 +156,7 @@ def test_a_classifier_is_scanned_as_it_would_be_fine_tuned() -> None:
         (["net.py:shapes"], "fails with RuntimeError"),
         (["broken.py:task"], "SyntaxError"),
         (["net.py:task", "--patch", "0"], "patch=0 is not possible"),
-        (["net.py:task", "--rounds", "0"], "1 round or more"),
+        (["net.py:task", "--rounds", "0"], "number of rounds must be 1 or more"),
         (["net.py:task", "--cosine", "2"], "from 0 to 1"),
         (["net.py:task", "--where", "encoder.*"], "encoder.*"),
         (["net.py:task", "--json", "net.py"], "is the target itself"),

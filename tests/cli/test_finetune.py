@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -21,6 +20,8 @@ from typer.testing import CliRunner, Result
 from memfit.cli.app import app
 
 image_module = pytest.importorskip("PIL.Image", reason='needs pip install "memfit[vision]"')
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ("--width", 0.125, "--size", 33, "--steps", 3, "--batch-size", 4)
 
@@ -34,16 +35,6 @@ def folder(tmp_path: Path) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         image_module.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=numpy.uint8)).save(place / f"{number}.png")
     return tmp_path / "images"
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In the processes that tests start, too: other numbers of threads add in other orders."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments: object) -> Result:
@@ -126,6 +117,127 @@ def test_a_net_of_ones_own_says_how_it_is_used(folder, tmp_path, monkeypatch):
     refused(run("classify", "--model", "finetuned/model.safetensors", folder / "a/0.png"), "--network", "mine.py:net")
 
 
+OWN = """
+import torch
+from torch import nn
+
+def linear(classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, classes))
+
+class Net(nn.Module):
+    def __init__(self, classes, change):
+        super().__init__()
+        self.net, self.change = linear(classes), change
+
+    def forward(self, x):
+        return self.change(self, self.net(x))
+
+def raising(self, scores):
+    raise KeyError("scale")
+
+def asserting(self, scores):
+    assert len(scores) == 7
+    return scores
+
+def dividing(self, scores):
+    return scores * (1 / 0)
+
+def training_only(self, scores):
+    if self.training:
+        raise RuntimeError("not in training")
+    return scores
+
+CHANGES = {
+    "plain": lambda self, scores: scores,
+    "raises": raising,
+    "asserts": asserting,
+    "divides": dividing,
+    "detached": lambda self, scores: scores.detach(),
+    "rounded": lambda self, scores: scores.round().long(),
+    "training": training_only,
+    "nan": lambda self, scores: scores * float("nan"),
+}
+
+for name, change in CHANGES.items():
+    globals()[name] = lambda classes, change=change: Net(classes, change)
+
+def fails(classes):
+    raise KeyError("settings")
+
+def alone():
+    return linear(2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "raises",
+            [
+                "raises: the model, given images of shape (1, 3, 16, 16), fails with KeyError: 'scale' (at ",
+                "mine.py:17)",
+            ],
+        ),
+        ("asserts", ["asserts fails with AssertionError: no message (at ", "mine.py:20)"]),
+        ("divides", ["divides fails with ZeroDivisionError"]),
+        ("detached", ["the loss depends on no parameter that trains"]),
+        ("rounded", ["rounded: the model, given images of shape (1, 3, 16, 16),", "torch.int64 scores"]),
+        ("training", ["training fails with RuntimeError: not in training (at "]),
+        ("nan", ["the loss or its gradients are not finite at any step"]),
+        ("fails", ["fails fails with KeyError: 'settings' (at "]),
+        ("alone", ["alone is called with the number of classes, and takes ()"]),
+    ],
+)
+def test_a_net_of_ones_own_that_fails_is_one_sentence_and_leaves_no_model(folder, tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN, encoding="utf-8")
+    options = ("finetune", "--data", folder, "--size", 16, "--steps", 2, "--batch-size", 4, "--out", "out")
+    refused(run(*options, "--model", f"mine.py:{name}"), *words)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_net_of_ones_own_that_fails_at_an_image_is_one_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN, encoding="utf-8")
+    options = ("finetune", "--data", folder, "--size", 16, "--steps", 2, "--batch-size", 4, "--out", "out")
+    assert run(*options, "--model", "mine.py:plain").exit_code == 0
+    for name, words in (
+        ("plain", None),
+        ("detached", None),  # fine where nothing trains
+        ("raises", "fails with KeyError: 'scale' (at "),
+        ("asserts", "fails with AssertionError"),
+        ("rounded", "torch.int64 scores"),
+        ("fails", "fails with KeyError: 'settings'"),
+        ("alone", "is called with the number of classes, and takes ()"),
+    ):
+        command = ("classify", "--model", "out/model.safetensors", "--network", f"mine.py:{name}", folder / "a/0.png")
+        if words:
+            refused(run(*command), f"mine.py:{name}", words)
+        else:
+            assert run(*command).exit_code == 0
+
+
+def test_a_bug_of_memfits_keeps_its_traceback(folder, tmp_path, monkeypatch):
+    # In a module of memfit's name: by that, its errors are told from those of the user's code.
+    scope = {"__name__": "memfit.vision.batches"}
+    exec(compile("def broken(*_, **__):\n    raise AssertionError('a bug')\n", "batches.py", "exec"), scope)
+    monkeypatch.setattr("memfit.vision.finetune.predict", scope["broken"])
+    assert isinstance(finetune(folder, tmp_path / "out").exception, AssertionError)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_refused_at_once(folder, tmp_path):
+    for name in ("pipe.safetensors", "pipe.pth", "pipe.npz"):
+        os.mkfifo(tmp_path / name)
+    told = ("this is a device or a pipe, not a",)
+    refused(run("classify", "--model", tmp_path / "pipe.safetensors", folder / "a/0.png"), *told)
+    for name in ("pipe.safetensors", "pipe.pth"):
+        refused(finetune(folder, tmp_path / "out", "--weights", tmp_path / name), name, *told)
+    refused(finetune(tmp_path / "pipe.npz", tmp_path / "out"), "pipe.npz", *told)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not UTF-8")
 def test_a_name_that_is_not_utf8_can_be_printed_and_reported(folder, tmp_path):
     strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/images \xff"))
@@ -146,6 +258,8 @@ def test_a_name_that_is_not_utf8_can_be_printed_and_reported(folder, tmp_path):
     [
         (["--steps", 0], ["steps"]),
         (["--epochs", 2], ["epochs and steps"]),
+        (["--steps", "1" + 400 * "0"], ["number of steps", "2^63 - 1", "401 digits"]),
+        (["--epochs", "9" * 30], ["number of epochs", "2^63 - 1"]),
         (["--batch-size", 0], ["batch size"]),
         (["--size", 0], ["size"]),
         (["--width", -1], ["width"]),
@@ -156,6 +270,7 @@ def test_a_name_that_is_not_utf8_can_be_printed_and_reported(folder, tmp_path):
         (["--model", "nowhere.py:net"], ["nowhere.py"]),
         (["--train", "layer9"], ["layer9"]),
         (["--convert", "Magic@fc"], ["Magic"]),
+        (["--convert", "GradientFilter(patch=4, patch=5)@layer4.*"], ["patch more than once"]),
         (["--convert", "LowRankGradient(rank=2)@layer9"], ["layer9"]),
         (["--weights", "missing.pth"], ["missing.pth"]),
     ],
@@ -202,6 +317,11 @@ def test_an_earlier_result_and_other_settings_are_one_sentence(folder, tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     refused(finetune(folder, tmp_path / "out"), str(tmp_path / "out"), "--resume")
     refused(finetune(folder, tmp_path / "out", "--resume", "--seed", 5), "report.json", "seed")
+    report = tmp_path / "out/report.json"
+    for text in ("[" * 100_000, '{"a":' * 100_000, "{}", "text"):
+        report.write_text(text)
+        refused(finetune(folder, tmp_path / "out", "--resume"), "report.json: not a report of memfit finetune")
+    report.write_bytes(before["report.json"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -216,9 +336,12 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_ctrl_c_says_how_to_go_on_and_killing_costs_nothing(folder, tmp_path):
+def test_ctrl_c_says_how_to_go_on_and_killing_costs_nothing(folder, tmp_path, monkeypatch):
     """One run whole, one that is interrupted, killed and resumed: the same weights."""
-    options = ["finetune", "--data", folder, "--width", 0.125, "--size", 33, "--batch-size", 4, "--steps", 60]
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN, encoding="utf-8")
+    options = ["finetune", "--data", folder, "--model", "mine.py:plain", "--size", 33, "--batch-size", 4]
+    options += ["--steps", 400]
     assert run(*options, "--out", tmp_path / "whole").exit_code == 0
     checkpoint = tmp_path / "out/checkpoint.safetensors"
 
@@ -235,7 +358,7 @@ def test_ctrl_c_says_how_to_go_on_and_killing_costs_nothing(folder, tmp_path):
     if code:  # else it was done before the signal came
         assert (code, output) == (130, ""), errors
         assert "Traceback" not in errors
-        assert re.search(r"interrupted after step \d+ of 60; the last checkpoint: .*checkpoint", errors)
+        assert re.search(r"interrupted after step \d+ of 400; the last checkpoint: .*checkpoint", errors)
         assert re.search(r"to go on: memfit finetune --data .* --resume\n$", errors)
         stopped(signal.SIGKILL, "--resume")
         assert run(*options, "--out", tmp_path / "out", "--resume").exit_code == 0

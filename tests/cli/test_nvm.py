@@ -66,6 +66,8 @@ def test_the_outcome_is_printed_and_where_it_is(data, tmp_path):
         (["--world", "mars"], ["world", "mars"]),
         (["--scheme", "adam"], ["scheme", "adam"]),
         (["--samples", "0"], ["samples"]),
+        (["--samples", "1" + 400 * "0"], ["samples", "2^63 - 1"]),
+        (["--period", "1" + 400 * "0"], ["period", "2^63 - 1"]),
         (["--memory", "stone"], ["stone", "rram"]),
         (["--model", "nothing_here.py:net"], ["nothing_here.py"]),
         (["--stream", "a:b"], ["stream"]),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import dedent
 
@@ -16,8 +17,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from memfit.cli.app import app
+from memfit.errors import MemfitError
 from memfit.ledger import LINES
-from memfit.ledger.profile import Profile
+from memfit.ledger.profile import Profile, main_of_fresh_process
+from memfit.ledger.target import ProfileConfig
 
 TASK = """
 import torch
@@ -69,6 +72,16 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     Path("net.py").write_text(dedent(TASK), encoding="utf-8")
+
+
+def in_this_process(config: ProfileConfig) -> Profile:
+    """What the fresh process would find, without its start."""
+    main_of_fresh_process(json.dumps(asdict(config)), "result")
+    values = json.loads(Path("result").read_text())
+    Path("result").unlink()
+    if "error" in values:
+        raise MemfitError(values["error"])
+    return Profile.from_dict(values)
 
 
 def run(*arguments: str) -> Result:
@@ -182,12 +195,13 @@ def test_page_and_picture_are_written_whole() -> None:
         (["net.py:task", "--convert", "LowRankGradient(rank=0)"], "rank"),
         (["net.py:task", "--convert", "LowRankGradient(rank=2)@decoder.*"], "decoder"),
         (["net.py:task", "--convert", "LowRankGradient(rank=2)@"], "names no layers"),
-        (["net.py:task", "--steps", "0"], "1 step or more"),
+        (["net.py:task", "--steps", "0"], "number of steps must be 1 or more"),
         (["net.py:task", "--compare"], "needs a conversion"),
         (["net.py:task", "--json", "no/such/folder.json"], "the folder does not exist"),
     ],
 )
-def test_bad_input_gets_one_sentence(arguments: list[str], said: str) -> None:
+def test_bad_input_gets_one_sentence(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memfit.cli.profile.measure", in_this_process)
     result = run(*arguments)
     assert result.exit_code == 2
     assert said in result.output

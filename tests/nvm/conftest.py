@@ -1,20 +1,14 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 import pytest
-import torch
 
 from memfit.nvm.data import Images, load_images
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """One sample is too little to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def in_one_thread(one_thread: None) -> None:
+    """All of this room."""
 
 
 def stripes(number: int, size: int = 8) -> dict[str, numpy.ndarray]:

@@ -255,6 +255,28 @@ def test_what_cannot_be_simulated_is_refused_and_leaves_the_folder_to_the_next_r
         simulate(NvmConfig(model=f"{HERE}:own_model", stream=f"{HERE}:own_stream", **chosen), tmp_path)
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("taken", ["figure.svg", "report.html"])
+def test_a_result_that_could_not_be_written_is_told_before_anything_is_learned(data, tmp_path, monkeypatch, own, taken):
+    (tmp_path / "out" / taken).mkdir(parents=True)
+    monkeypatch.setattr(module, "pretrain", None)
+    monkeypatch.setattr(module, "learn_online", None)
+    chosen = {"model": f"{HERE}:own_model", "stream": f"{HERE}:own_stream", "data": None} if own else {"data": data}
+    # As for a run that goes on: without resuming, a page that is there is an earlier run's.
+    with pytest.raises(MemfitError, match=rf"{taken}: the result cannot be written: a folder has that name"):
+        simulate(config(**chosen, worlds=("control",)), tmp_path / "out", resume=True)
+
+
+def test_what_does_not_fit_leaves_no_folder(tmp_path):
+    with pytest.raises(MemfitError, match="has parameters without a size"):
+        simulate(
+            NvmConfig(model=f"{HERE}:without_size", stream=f"{HERE}:own_stream", worlds=("control",)), tmp_path / "a"
+        )
+    with pytest.raises(MemfitError, match="groups"):
+        simulate(NvmConfig(model=f"{HERE}:grouped", stream=f"{HERE}:own_stream", worlds=("control",)), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_function_that_fails_is_told_of_in_one_sentence(tmp_path):
     command = ["nvm", "--model", f"{HERE}:fails", "--stream", f"{HERE}:own_stream", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, command)

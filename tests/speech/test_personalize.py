@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,18 +29,11 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("jiwer")
 pytest.importorskip("soxr")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = Path(os.environ.get("MEMFIT_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 RATE = 8000
 TONES = {"a": 300, "b": 700, "c": 1300, "d": 2100}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The matrices here are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 import pytest
-import torch
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 
@@ -22,13 +20,9 @@ def pictures(per_class: int, seed: int, size: int = 20) -> tuple[numpy.ndarray, 
     return (tints + noise).clip(0, 255).astype(numpy.uint8), labels
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The nets here are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def in_one_thread(one_thread: None) -> None:
+    """All of this room."""
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,35 @@ def test_tensors_that_do_not_fit_are_refused_by_name(path):
             load(path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_another_size_become_the_nets_own(path, dtype):
+    whole = load_file(path)
+    floats = {name: tensor.to(dtype) for name, tensor in whole.items() if tensor.is_floating_point()}
+    counts = {"bn1.num_batches_tracked": whole["bn1.num_batches_tracked"].to(torch.uint8)}
+    save_file({**whole, **floats, **counts}, path, metadata={HEADER_KEY: json.dumps(CONFIG.to_dict())})
+    net, _ = load(path)
+    assert net(torch.zeros(1, 3, 24, 24)).shape == (1, 2)
+    for name, tensor in net.state_dict().items():
+        assert tensor.dtype == whole[name].dtype
+        torch.testing.assert_close(tensor, floats.get(name, whole[name]).to(tensor.dtype))
+
+
+def test_numbers_that_the_net_cannot_hold_are_refused_by_name(path):
+    whole = load_file(path)
+    header = {HEADER_KEY: json.dumps(CONFIG.to_dict())}
+    for changes, complaint in (
+        ({"fc.bias": torch.zeros(2).to(torch.float8_e4m3fn)}, r"fc\.bias should be float of 16 bits.*float8_e4m3fn"),
+        ({"fc.bias": torch.zeros(2, dtype=torch.complex64)}, r"fc\.bias should be float.*complex64"),
+        ({"fc.bias": torch.full((2,), 1e300, dtype=torch.float64)}, r"fc\.bias are not finite"),
+        ({"bn1.num_batches_tracked": torch.tensor(True)}, "num_batches_tracked should be whole numbers.*bool"),
+    ):
+        save_file({**whole, **changes}, path, metadata=header)
+        with pytest.raises(DataError, match=complaint):
+            load(path)
+
+
 NETWORK = """
+import torch
 from torch import nn
 
 def net(classes):
@@ -99,9 +127,25 @@ def net(classes):
 
 def nothing(classes):
     return 3
+
+def sizeless(classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+def alone():
+    return nn.Linear(12, 2)
+
+def nowhere(classes):
+    with torch.device("meta"):
+        return net(classes)
+
+def rounded(classes):
+    made = net(classes)
+    made.register_forward_hook(lambda _module, _inputs, scores: scores.round().long())
+    return made
 """
 
 
+@pytest.mark.filterwarnings("ignore:.*no-op")  # of what is loaded into a net without a place
 def test_a_net_of_ones_own_is_made_by_the_function_that_is_named_and_no_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(NETWORK)
@@ -115,6 +159,9 @@ def test_a_net_of_ones_own_is_made_by_the_function_that_is_named_and_no_other(tm
     assert torch.equal(found[1].weight, net[1].weight)
     with pytest.raises(MemfitError, match="must return a torch"):
         load("model.safetensors", "mine.py:nothing")
+    for network, complaint in (("nowhere", "fails with"), ("rounded", "torch.int64 scores")):
+        with pytest.raises(MemfitError, match=rf"mine\.py:{network}: the model, given images .*{complaint}"):
+            load("model.safetensors", f"mine.py:{network}")
 
 
 def test_a_model_that_is_none_is_refused_by_name(tmp_path, monkeypatch):
@@ -125,6 +172,8 @@ def test_a_model_that_is_none_is_refused_by_name(tmp_path, monkeypatch):
         ("mine.py:other", "no function 'other'"),
         ("absent.py:net", "no file"),
         ("mine.py:nothing", "not a int"),
+        ("mine.py:sizeless", "parameters without a size"),
+        ("mine.py:alone", r"mine\.py:alone is called with the number of classes, and takes \(\)"),
     ):
         with pytest.raises(MemfitError, match=complaint):
             build(name, 2)

@@ -485,7 +485,7 @@ def nothing(model: nn.Module, batch: Any) -> Tensor:
         ({"patches": (2, 2.5)}, ConversionError, "patch=2.5"),
         ({"patches": (2, "4")}, ConversionError, "patch='4'"),
         ({"patches": ()}, MemfitError, "no size of patches"),
-        ({"rounds": 0}, MemfitError, "1 round or more"),
+        ({"rounds": 0}, MemfitError, "number of rounds must be 1 or more"),
         ({"least_cosine": 1.5}, MemfitError, "from 0 to 1"),
         ({"where": "encoder.*"}, ConversionError, "encoder"),
         ({"where": "head"}, ConversionError, "Linear"),

@@ -49,11 +49,7 @@ def config(arrays, tmp_path_factory) -> FinetuneConfig:
 def finished(config, tmp_path_factory) -> tuple[Path, FinetuneReport]:
     """A run that nothing has disturbed; its folder must not be changed."""
     out = tmp_path_factory.mktemp("finished")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    report = finetune(config, out)
-    torch.set_num_threads(threads)
-    return out, report
+    return out, finetune(config, out)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -215,7 +211,7 @@ def test_a_net_of_ones_own_trains_and_one_that_does_not_suit_the_images_is_refus
     net, _ = classifier.load("out/model.safetensors", "mine.py:net")
     test = load_images(config.data, 40).test
     assert float((predict(net, test) == test.labels).double().mean()) == report.accuracy_after
-    with pytest.raises(MemfitError, match=r"mine\.py:narrow: the model, given images.*raises RuntimeError"):
+    with pytest.raises(MemfitError, match=r"mine\.py:narrow: the model, given images.*fails with RuntimeError"):
         finetune(replace(own, model="mine.py:narrow"), "other")
     assert not Path("other").exists()
 
@@ -261,6 +257,13 @@ def test_a_setting_out_of_range_is_one_sentence(values, complaint):
 def test_what_does_not_fit_is_refused_before_anything_is_written(config, tmp_path, changes, error, complaint):
     with pytest.raises(error, match=complaint):
         finetune(replace(config, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_no_file_can_hold_are_refused_before_anything_is_trained(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "_MOST_CLASSES", 2)
+    with pytest.raises(DataError, match=r"colours\.npz: no classifier .*classes must be from 2 to 2 different names"):
+        finetune(replace(config, weights=None), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

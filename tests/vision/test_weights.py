@@ -123,6 +123,53 @@ def test_other_weights_are_one_sentence_that_names_the_keys_and_change_nothing(t
     assert same(model.state_dict(), before)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "suffix"),
+    [
+        (torch.complex64, ".pth"),
+        (torch.bool, ".pth"),
+        (torch.bool, ".safetensors"),
+        (torch.int64, ".safetensors"),
+        (torch.float8_e4m3fn, ".pth"),
+        (torch.float8_e4m3fn, ".safetensors"),
+    ],
+)
+def test_other_kinds_of_numbers_are_refused_by_name(tmp_path, dtype, suffix):
+    state = net(seed=1).state_dict()
+    path = written({**state, "conv1.weight": state["conv1.weight"].to(dtype)}, tmp_path / f"w{suffix}")
+    with pytest.raises(DataError, match=r"in other kinds of numbers 'conv1\.weight'"):
+        load_weights(net(), path)
+
+
+def test_a_number_that_is_too_large_for_the_net_is_refused(tmp_path):
+    path = written({**net().state_dict(), "bn1.bias": torch.full((8,), 1e300, dtype=torch.float64)}, tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"'bn1\.bias' are not finite"):
+        load_weights(net(), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda w: w.to_sparse(), "layout torch.sparse_coo"),
+        (lambda w: w.to("meta"), "on meta"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "dtype torch.qint8"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+def test_tensors_that_are_not_plain_are_refused_by_name(tmp_path, change, complaint):
+    state = net(seed=1).state_dict()
+    path = written({**state, "fc.weight": change(state["fc.weight"])}, tmp_path / "w.pth")
+    with pytest.raises(DataError, match=rf"'fc\.weight' is a Tensor.*{complaint}"):
+        load_weights(net(), path)
+
+
+@pytest.mark.parametrize("stray", [1, None, b"fc.weight", (1, 2)], ids=repr)
+def test_keys_that_are_no_names_are_no_state_dict(tmp_path, stray):
+    path = written({**net().state_dict(), stray: torch.zeros(2)}, tmp_path / "w.pth")
+    with pytest.raises(DataError, match="holds no state dict"):
+        load_weights(net(), path)
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch executed",)

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from memfit.cli.console import show
+from memfit.ledger.target import users_code
 from memfit.report_page import percent
 from memfit.vision import classifier
 from memfit.vision.batches import normalized
@@ -32,16 +33,17 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of {file, class, probability}.")] = False,
 ) -> None:
     """Print the class of images: the class alone for one image, each after its file's name for several."""
-    net, config = classifier.load(model, network)
     found = []
-    for path in images:
-        pixels = load_image(path, config.size)[None]
-        with torch.no_grad():
-            probability, label = net(normalized(pixels))[0].float().softmax(dim=0).max(dim=0)
-        name = config.classes[int(label)]
-        found.append({"file": str(path), "class": name, "probability": round(float(probability), 4)})
-        if not as_json:
-            text = f"{name} ({percent(float(probability))})"
-            show(text if len(images) == 1 else f"{path}: {text}")
+    with users_code(network or str(model), "a smaller model needs less"):
+        net, config = classifier.load(model, network)
+        for path in images:
+            pixels = load_image(path, config.size)[None]
+            with torch.no_grad():
+                probability, label = net(normalized(pixels))[0].float().softmax(dim=0).max(dim=0)
+            name = config.classes[int(label)]
+            found.append({"file": str(path), "class": name, "probability": round(float(probability), 4)})
+            if not as_json:
+                text = f"{name} ({percent(float(probability))})"
+                show(text if len(images) == 1 else f"{path}: {text}")
     if as_json:
         print(json.dumps(found, indent=2))

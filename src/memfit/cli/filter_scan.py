@@ -16,7 +16,7 @@ from memfit.cli.outputs import check_outputs, write_output
 from memfit.errors import MemfitError
 from memfit.ledger.picture import check_can_draw
 from memfit.ledger.report import format_bytes
-from memfit.ledger.target import Task, describe_failure, is_of_users_code, load_target
+from memfit.ledger.target import Task, load_target, users_code
 from memfit.vision.batches import cross_entropy
 from memfit.vision.filter_scan import PATCHES
 from memfit.vision.filter_scan import filter_scan as scan_task
@@ -28,9 +28,11 @@ from memfit.vision.scan_picture import draw_png
 from memfit.vision.scan_words import agreement_in_words, keepers_in_words, spared_in_words, times, together_rows
 
 _WITHOUT_MEMORY = "a smaller batch needs less, or fewer layers: --where"
+_OF_DATA = ("model", "weights", "width", "size", "train", "batch_size", "seed")
 
 
 def filter_scan(
+    context: typer.Context,
     target: Annotated[
         str | None,
         typer.Argument(
@@ -83,6 +85,9 @@ def filter_scan(
     """Show which convolutions are worth a gradient filter: their time, memory and gradients, exact and filtered."""
     if (target is None) == (data is None):
         raise MemfitError("give either a target, such as file.py:function, or images by --data.")
+    if target is not None and (unused := [name for name in _OF_DATA if _was_given(context, name)]):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise MemfitError(f"{options}: such options go with --data; what {target} returns has its own: leave them out.")
     summed_or_apart = cast("Literal['summed', 'apart']", taps)  # the technique itself refuses other words
     if png is not None:
         check_can_draw()
@@ -101,7 +106,7 @@ def filter_scan(
             flip=False,
             seed=seed,
         )
-    try:
+    with users_code(what, _WITHOUT_MEMORY):
         task = load_target(str(target))() if config is None else _classifier(config)
         layers = "*" if not where else where[0] if len(where) == 1 else where
         scan = scan_task(
@@ -114,12 +119,6 @@ def filter_scan(
             native=native,
             notify=say,
         )
-    except MemfitError:
-        raise
-    except Exception as error:  # the user's code; a bug of memfit's keeps its traceback
-        if not is_of_users_code(error):
-            raise
-        raise MemfitError(describe_failure(what, error, _WITHOUT_MEMORY)) from error
 
     outputs = (
         (html, "page", lambda: render(scan, what).encode()),
@@ -171,6 +170,11 @@ def show_scan(scan: FilterScan, technique: Callable[[int], GradientFilter]) -> N
         show(sentence)
     for sentence in _options(scan, technique):
         show(sentence)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _classifier(config: FinetuneConfig) -> Task:

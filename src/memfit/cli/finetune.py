@@ -10,7 +10,8 @@ import typer
 
 from memfit.cli import console
 from memfit.cli.console import say
-from memfit.cli.runs import show_cost, stoppable
+from memfit.cli.runs import AsJson, Resume, show_cost, stoppable
+from memfit.ledger.target import users_code
 from memfit.report_page import count, percent
 from memfit.run.optimizers import OptimizerName
 from memfit.run.results import MODEL, PAGE
@@ -70,8 +71,8 @@ def finetune(
     out: Annotated[
         Path, typer.Option(help="Folder for the model and the report; must not hold an earlier run.", metavar="DIR")
     ] = Path("finetuned"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if it was stopped.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune an image classifier on your own images."""
     config = FinetuneConfig(
@@ -91,7 +92,8 @@ def finetune(
         flip=flip,
         seed=seed,
     )
-    report = stoppable(lambda: run(config, out, resume=resume, notify=say, progress=True), out)
+    with users_code(model, "a smaller batch needs less, or a smaller --size"):
+        report = stoppable(lambda: run(config, out, resume=resume, notify=say, progress=True), out)
     if as_json:
         print(report.to_json(), end="")
         return

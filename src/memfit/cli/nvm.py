@@ -9,9 +9,8 @@ import typer
 
 from memfit.cli import console
 from memfit.cli.console import say, show_table
-from memfit.cli.runs import stoppable
-from memfit.errors import MemfitError
-from memfit.ledger.target import describe_failure, is_of_users_code
+from memfit.cli.runs import AsJson, Resume, stoppable
+from memfit.ledger.target import users_code
 from memfit.nvm.page import joules, lifetime
 from memfit.nvm.run_report import NvmReport
 from memfit.nvm.schemes import PERIOD, SCHEMES, TITLES, Scheme
@@ -68,8 +67,8 @@ def nvm(
     out: Annotated[
         Path, typer.Option(help="Folder for the report and the figure; must not hold an earlier run.", metavar="DIR")
     ] = Path("nvm"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if it was stopped.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
 ) -> None:
     """Simulate online learning in non-volatile memory: accuracy, writes, energy and lifetime."""
     worlds = world or [each for each in WORLDS if stream is None or each != "shift"]
@@ -88,15 +87,9 @@ def nvm(
         model=model,
         stream=stream,
     )
-    try:
+    target = " with ".join(each for each in (model, stream) if each) or "the simulation"
+    with users_code(target, "fewer samples at once need less"):
         report = stoppable(lambda: simulate(config, out, resume=resume, notify=say, progress=True), out)
-    except (MemfitError, typer.Exit):
-        raise
-    except Exception as error:  # the user's code; a bug of memfit's keeps its traceback
-        if not is_of_users_code(error):
-            raise
-        target = " with ".join(each for each in (model, stream) if each)
-        raise MemfitError(describe_failure(target, error, "fewer samples at once need less")) from error
     if as_json:
         print(report.to_json(), end="")
     else:

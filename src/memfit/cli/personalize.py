@@ -10,7 +10,7 @@ import typer
 
 from memfit.cli import console
 from memfit.cli.console import say
-from memfit.cli.runs import show_cost, stoppable
+from memfit.cli.runs import AsJson, Resume, show_cost, stoppable
 from memfit.report_page import change_of_errors, count, percent
 from memfit.run.results import MODEL, PAGE
 from memfit.speech.personalize import Method, PersonalizeConfig
@@ -51,8 +51,8 @@ def personalize(
     out: Annotated[
         Path, typer.Option(help="Folder for the model and the report; must not hold an earlier run.", metavar="DIR")
     ] = Path("personalized"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if it was stopped.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    resume: Resume = False,
+    as_json: AsJson = False,
 ) -> None:
     """Adapt a speech recognizer to one voice, from a few of its recordings."""
     config = PersonalizeConfig(

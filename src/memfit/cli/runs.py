@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from memfit.run.report import TaskReport
 from memfit.run.results import CHECKPOINT
 
 R = TypeVar("R")
+
+Resume: TypeAlias = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if it was stopped.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print report.json.")]
 
 
 def stoppable(run: Callable[[], R], out: Path) -> R:

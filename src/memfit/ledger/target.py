@@ -5,15 +5,20 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from memfit.activations.gradient_filter import GradientFilter
@@ -21,10 +26,14 @@ from memfit.convert import convert_
 from memfit.errors import MemfitError
 from memfit.gradients.low_rank import LowRankGradient
 from memfit.ledger.source import is_users
+from memfit.run.counts import check_count
 from memfit.technique import Technique
 
 TECHNIQUES: dict[str, type[Technique]] = {"LowRankGradient": LowRankGradient, "GradientFilter": GradientFilter}
 """The techniques that a conversion may name."""
+
+# What memfit itself calls: that an error came up in there does not make it one of the user's code.
+_LIBRARIES = frozenset({"matplotlib", "numpy", "PIL", "rich", "safetensors", "sklearn"})
 
 
 class Task(NamedTuple):
@@ -59,8 +68,7 @@ class ProfileConfig:
     steps: int = 3
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise MemfitError(f"a profile takes 1 step or more, not {self.steps}.")
+        check_count("number of steps", self.steps)
         parse_optimizer(self.optimizer)
         for conversion in self.conversions:
             parse_conversion(conversion)
@@ -86,11 +94,15 @@ def load_target(text: str) -> Callable[[], Task]:
     return make
 
 
-def load_function(text: str) -> Callable[..., Any]:
+def load_function(text: str, *given: str) -> Callable[..., Any]:
     """The function that ``package.module:function`` or ``file.py:function`` names.
 
+    Args:
+        text: the function.
+        given: what it will be called with, in words, one for each argument.
+
     Raises:
-        MemfitError: there is no such file, module or function.
+        MemfitError: there is no such file, module or function, or it can't be called so.
     """
     module_name, colon, function_name = text.rpartition(":")
     if not colon or not module_name or not function_name.isidentifier():
@@ -99,7 +111,36 @@ def load_function(text: str) -> Callable[..., Any]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise MemfitError(f"{module_name} has no function {function_name!r}.")
+    signature = _signature(function)
+    try:
+        if signature is not None:
+            signature.bind(*given)
+    except TypeError:
+        arguments = ", ".join(given) or "no argument"
+        raise MemfitError(f"{text} is called with {arguments}, and takes {signature}: change the function.") from None
     return cast(Callable[..., Any], function)
+
+
+def load_model(text: str, given: Mapping[str, object] | None = None) -> nn.Module:
+    """The model that a function makes.
+
+    Args:
+        text: the function, as :func:`load_function` takes it.
+        given: its arguments by what they are in words.
+
+    Raises:
+        MemfitError: there is no such function, it can't be called so, or it returns something else.
+    """
+    arguments = given or {}
+    model = load_function(text, *arguments)(*arguments.values())
+    if not isinstance(model, nn.Module):
+        raise MemfitError(f"{text} must return a torch.nn.Module, not a {type(model).__name__}.")
+    if any(
+        isinstance(each, UninitializedParameter | UninitializedBuffer)
+        for each in chain(model.parameters(), model.buffers())
+    ):
+        raise MemfitError(f"the model of {text} has parameters without a size: let it see a sample before.")
+    return model
 
 
 def loss_of(task: Task) -> Tensor:
@@ -115,6 +156,27 @@ def loss_of(task: Task) -> Tensor:
     return loss
 
 
+@contextmanager
+def users_code(target: str, without_memory: str) -> Iterator[None]:
+    """In here code of the user's runs: its errors become a sentence; a bug of memfit's keeps its traceback.
+
+    Args:
+        target: what the user has named.
+        without_memory: what to do where memory was too little.
+
+    Raises:
+        MemfitError: as it came up, or what :func:`describe_failure` says of an error of the user's code.
+    """
+    try:
+        yield
+    except MemfitError:
+        raise
+    except Exception as error:
+        if not _is_of_users_code(error):
+            raise
+        raise MemfitError(describe_failure(target, error, without_memory)) from error
+
+
 def describe_failure(target: str, error: Exception, without_memory: str) -> str:
     """A sentence on what came up while code of the user's ran, and where in it.
 
@@ -123,16 +185,11 @@ def describe_failure(target: str, error: Exception, without_memory: str) -> str:
         error: as it was caught.
         without_memory: what to do where memory was too little.
     """
-    said = " ".join(str(error).split()) or "no message"
+    # The first paragraph: after it, torch lists its back ends and the frames of compiled code.
+    said = " ".join(str(error).strip().partition("\n\n")[0].split()) or "no message"
     if _lacks_memory(error):
         said += f"; {without_memory}"
     return f"{target} fails with {type(error).__name__}: {said} (at {_place_of(error)})."
-
-
-def is_of_users_code(error: Exception) -> bool:
-    """Whether an error came up in code of the user's, or below it, or for lack of memory; else it is a bug of ours."""
-    frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return isinstance(error, SyntaxError) or _lacks_memory(error) or any(map(is_users, frames))
 
 
 def parse_conversion(text: str) -> Conversion:
@@ -204,8 +261,11 @@ def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
         node = ast.parse(text.strip(), mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
-        names = [key.arg for key in node.keywords] if isinstance(node, ast.Call) else [None]
+        names: list[str | None] = [key.arg for key in node.keywords] if isinstance(node, ast.Call) else [None]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args and all(names):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice:
+                raise MemfitError(f"{text!r} says {twice} more than once: leave all but one out.")
             return node.func.id, {cast(str, key.arg): ast.literal_eval(key.value) for key in node.keywords}
     except (SyntaxError, ValueError):
         pass
@@ -236,6 +296,25 @@ def _load_module(name: str) -> Any:
         raise MemfitError(f"there is no module {name!r} that Python finds from here.") from None
 
 
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """What a function takes; None of a builtin one that does not say so."""
+    try:
+        return inspect.signature(function)
+    except (ValueError, TypeError):
+        return None
+
+
+def _is_of_users_code(error: Exception) -> bool:
+    """Whether an error came up in code of the user's, or below it, or for lack of memory; else it is a bug of ours."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, SyntaxError) or _lacks_memory(error) or any(map(_is_users, frames))
+
+
+def _is_users(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__"))
+    return is_users(name) and name.partition(".")[0] not in _LIBRARIES
+
+
 def _lacks_memory(error: Exception) -> bool:
     said = str(error)
     return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
@@ -245,9 +324,8 @@ def _place_of(error: Exception) -> str:
     """File and line of the user's code in which an error came up, or went into a library."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
-    frames = [(frame.f_globals.get("__name__"), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    users = [each for each in frames if is_users(each[0])] or frames
-    _, frame, line = users[-1]
+    frames = list(traceback.walk_tb(error.__traceback__))
+    frame, line = ([each for each in frames if _is_users(each[0])] or frames)[-1]
     return f"{frame.f_code.co_filename}:{line}"
 
 

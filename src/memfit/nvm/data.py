@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memfit.errors import DataError, require
+from memfit.files import read_file
 from memfit.run.arrays import read_arrays
 
 _IDX = {
@@ -102,8 +103,9 @@ def _read_idx_folder(folder: Path) -> dict[str, numpy.ndarray]:
 
 def _read_idx(path: Path) -> numpy.ndarray:
     """An IDX file: two zero bytes, the type (8 is uint8), the number of axes, their sizes, the data."""
+    content = read_file(path, "IDX file", DataError)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: the gzip file is damaged.") from error
     axes = content[3] if len(content) >= 4 else 0

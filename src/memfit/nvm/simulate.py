@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from memfit.errors import ConversionError, MemfitError
 from memfit.files import check_writable
-from memfit.ledger.target import load_function
+from memfit.ledger.target import load_function, load_model
 from memfit.nvm.data import Images, load_images
 from memfit.nvm.figure import check_can_draw, draw
 from memfit.nvm.model import LIMIT
@@ -29,6 +28,7 @@ from memfit.nvm.schemes import PERIOD, RATES, SCHEMES, Learner, Rates, Scheme
 from memfit.nvm.streams import Stream, UserStream
 from memfit.nvm.worlds import SHIFT_EVERY, WORLDS, ImageStream, World
 from memfit.run import results
+from memfit.run.counts import check_count
 from memfit.run.identity import digest
 from memfit.run.interrupts import InterruptedRun
 from memfit.run.progress import Meter
@@ -90,8 +90,7 @@ class NvmConfig:
             ("period", self.period),
             ("number of steps", self.pretraining_steps),
         ):
-            if value < 1:
-                raise MemfitError(f"the {what} must be 1 or more, not {value}.")
+            check_count(what, value)
         if self.shift_every < 100 or self.shift_every % 100:
             raise MemfitError(f"shifts come every 100, 200, 300 ... samples, not every {self.shift_every}.")
         if not 0 <= self.seed < 2**63:
@@ -157,11 +156,15 @@ def simulate(
             )
     images = load_images(config.data) if config.stream is None else None
     with _one_thread(), undisturbed():
-        model, settings = _start(config, out, images, resume, say, progress)
-        streams = _streams(config, images)
-        if config.model is not None:
-            settings["first_samples_sha256"] = _check_model(config, model, streams[config.worlds[0]])
-        results.prepare(out / ONLINE)
+        own = None if config.model is None else load_model(config.model)
+        streams, settings = _streams(config, images), _settings(config, images)
+        if own is not None:
+            settings["first_samples_sha256"] = _check_model(config, own, streams[config.worlds[0]])
+        for folder in (out, out / ONLINE):
+            results.prepare(folder)
+        check_writable(out / FIGURE, "result", MemfitError)
+        model = _trained_offline(config, out, images, resume, say, progress) if own is None else own
+        settings["model_sha256"] = digest(tensor for _, tensor in sorted(model.state_dict().items()))
         found = []
         for world in config.worlds:
             for scheme in config.schemes:
@@ -182,10 +185,8 @@ def simulate(
     return report
 
 
-def _start(
-    config: NvmConfig, out: Path, images: Images | None, resume: bool, say: Callable[[str], None], progress: bool
-) -> tuple[nn.Module, dict[str, JSON]]:
-    """The model as it leaves the factory, and what identifies it and the data."""
+def _settings(config: NvmConfig, images: Images | None) -> dict[str, JSON]:
+    """What identifies the runs of all devices, without the model."""
     settings: dict[str, JSON] = {
         "seed": config.seed,
         "period": config.period,
@@ -193,28 +194,28 @@ def _start(
     }
     if images is not None:
         settings["data_sha256"] = digest([images.online, images.online_labels])
-    if config.model is not None:
-        model = _own_model(config.model)
-        results.prepare(out)
-    else:
-        assert images is not None
-        results.prepare(out)
-        check_writable(out / FIGURE, "result", MemfitError)
-        say(f"offline: {images.description}")
-        checkpoint = out / results.CHECKPOINT
-        model, result = pretrain(
-            images,
-            seed=config.seed,
-            steps=config.pretraining_steps,
-            checkpoint=checkpoint,
-            resume=resume,
-            progress=progress,
-        )
-        if result.signal is not None:
-            raise InterruptedRun(result.signal, len(result.records), config.pretraining_steps, checkpoint)
-        say("online: each image is predicted first, then learned from")
-    settings["model_sha256"] = digest(tensor for _, tensor in sorted(model.state_dict().items()))
-    return model, settings
+    return settings
+
+
+def _trained_offline(
+    config: NvmConfig, out: Path, images: Images | None, resume: bool, say: Callable[[str], None], progress: bool
+) -> nn.Module:
+    """The method's network as it leaves the factory."""
+    assert images is not None, "a stream of one's own needs a model of one's own"
+    say(f"offline: {images.description}")
+    checkpoint = out / results.CHECKPOINT
+    model, result = pretrain(
+        images,
+        seed=config.seed,
+        steps=config.pretraining_steps,
+        checkpoint=checkpoint,
+        resume=resume,
+        progress=progress,
+    )
+    if result.signal is not None:
+        raise InterruptedRun(result.signal, len(result.records), config.pretraining_steps, checkpoint)
+    say("online: each image is predicted first, then learned from")
+    return model
 
 
 def _run(
@@ -254,15 +255,6 @@ def _learner(config: NvmConfig, model: nn.Module, scheme: Scheme) -> Learner:
     return Learner(
         copy.deepcopy(model), scheme, config.rates(scheme), limit=limit, seed=config.seed, period=config.period
     )
-
-
-def _own_model(target: str) -> nn.Module:
-    model = load_function(target)()
-    if not isinstance(model, nn.Module):
-        raise MemfitError(f"{target} must return a torch.nn.Module, not a {type(model).__name__}.")
-    if any(isinstance(each, UninitializedParameter) for each in model.parameters()):
-        raise MemfitError(f"the model of {target} has parameters without a size: let it see a sample before.")
-    return model
 
 
 def _check_model(config: NvmConfig, model: nn.Module, stream: Stream) -> str:

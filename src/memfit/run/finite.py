@@ -19,7 +19,8 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     for tensor in tensors:
         values = tensor.coalesce().values() if tensor.is_sparse else tensor
         values = torch.view_as_real(values) if values.is_complex() else values
-        if values.numel():
+        values = values.float() if values.is_floating_point() and values.itemsize == 1 else values  # it has no extremes
+        if values.numel() and values.is_floating_point():
             verdicts.append(torch.stack(torch.aminmax(values)).isfinite().all())
     return not verdicts or bool(torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all())
 

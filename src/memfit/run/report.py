@@ -72,7 +72,7 @@ class TaskReport(ABC):
             report = cls.from_dict(json.loads(text))
             report._check()
             return report
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise damaged(cls, where) from error
 
     def _check(self) -> None:

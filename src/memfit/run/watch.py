@@ -12,7 +12,7 @@ from pathlib import Path
 
 from memfit.ledger import ProcessPeak, process_peak
 from memfit.run.report import JSON
-from memfit.run.results import write_text
+from memfit.run.results import CHECKPOINT, write_text
 
 _MEASUREMENTS = 6
 
@@ -48,8 +48,10 @@ class Watch(AbstractContextManager["Watch"]):
         self._go_on()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pause()
+        if kind is not None and not self._path.with_name(CHECKPOINT).exists():
+            self._path.unlink(missing_ok=True)  # there is nothing to go on with
 
     def after(self, step: int) -> None:
         """Measure the rate if this step is one of the few."""
@@ -84,5 +86,5 @@ class Watch(AbstractContextManager["Watch"]):
                     step: float(kept["rates"][str(step)]) for step in self._due if str(step) in kept["rates"]
                 }
                 self.process_bytes = int(kept["process_peak_bytes"])
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return

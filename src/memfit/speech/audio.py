@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memfit.errors import DataError, require
+from memfit.files import check_ordinary
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ def load_audio(path: str | Path, sample_rate: int) -> Tensor:
     """
     path = Path(path)
     soundfile = require("soundfile", extra="speech")
-    _refuse_other_than_files(path)
+    check_ordinary(path, "recording", DataError)
     try:
         with path.open("rb") as file:
             samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
@@ -72,15 +72,3 @@ def load_audio(path: str | Path, sample_rate: int) -> Tensor:
         if len(audio) == 0:
             raise DataError(f"{path}: the recording is too short to be heard; record it again or remove it.")
     return audio
-
-
-def _refuse_other_than_files(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a name with a null character
-        raise DataError(f"{path}: there is no such recording.") from error
-    except OSError as error:
-        raise DataError(f"{path}: the recording cannot be read: {error.strerror or error}.") from error
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise DataError(f"{path}: this is {what}, not a recording.")

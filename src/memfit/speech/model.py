@@ -181,8 +181,7 @@ def load(path: str | Path) -> Recognizer:
     config = model_file.read_config(path, metadata, _HEADER_KEY, "recognizer", RecognizerConfig.from_dict)
     with torch.device("meta"):
         model = Recognizer(config)
-    model_file.check_tensors(path, tensors, model.state_dict(), "recognizer")
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict(model_file.checked_tensors(path, tensors, model.state_dict(), "recognizer"), assign=True)
     model.requires_grad_(True)
     return model
 

@@ -22,6 +22,7 @@ from memfit.fit import FitResult, StepRecord, fit
 from memfit.gradients.low_rank import LowRankGradient
 from memfit.report_page import percent
 from memfit.run import optimizers, results
+from memfit.run.counts import check_count
 from memfit.run.identity import digest
 from memfit.run.interrupts import InterruptedRun
 from memfit.run.random_state import undisturbed
@@ -85,11 +86,13 @@ class PersonalizeConfig:
             raise MemfitError(f"the method is one of {', '.join(get_args(Method))}, not {self.method!r}.")
         if self.sides not in ("both", "left"):
             raise MemfitError(f"the sides are both or left, not {self.sides!r}.")
-        for name, value in (("rank", self.rank), ("number of steps", self.steps), ("batch size", self.batch_size)):
-            if value < 1:
-                raise MemfitError(f"the {name} must be 1 or more, not {value}.")
-        if self.utterances is not None and self.utterances < 1:
-            raise MemfitError(f"the number of training utterances must be 1 or more, not {self.utterances}.")
+        for name, value in (
+            ("rank", self.rank),
+            ("number of steps", self.steps),
+            ("batch size", self.batch_size),
+            ("number of training utterances", self.utterances),
+        ):
+            check_count(name, value)
         if not 0 <= self.seed < 2**63:
             raise MemfitError(f"the seed must be from 0 to 2^63 - 1, not {self.seed}.")
         if self.lr is not None and not 0 < self.lr < math.inf:

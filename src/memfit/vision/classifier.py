@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from memfit import model_file
 from memfit.errors import DataError, MemfitError
-from memfit.ledger.target import load_function
+from memfit.ledger.target import load_model
 from memfit.vision.models import ZOO
+from memfit.vision.training import check_scores
 
 HEADER_KEY = "memfit.vision.classifier"
 
@@ -98,10 +99,7 @@ def build(model: str, classes: int, width: float = 1.0) -> nn.Module:
         )
     if width != 1.0:
         raise MemfitError(f"the width is for {', '.join(ZOO)}: set that of {model} in its own code.")
-    net = load_function(model)(classes)
-    if not isinstance(net, nn.Module):
-        raise MemfitError(f"{model} must return a torch.nn.Module, not a {type(net).__name__}.")
-    return net
+    return load_model(model, {"the number of classes": classes})
 
 
 def save(state: Mapping[str, Tensor], config: ClassifierConfig, path: str | Path) -> None:
@@ -119,7 +117,7 @@ def save(state: Mapping[str, Tensor], config: ClassifierConfig, path: str | Path
 
 
 def load(path: str | Path, network: str | None = None) -> tuple[nn.Module, ClassifierConfig]:
-    """Read a classifier's file; the net is in eval mode. Of the file itself no code is run.
+    """Read a classifier's file; the net is in eval mode, in its own dtypes. Of the file itself no code is run.
 
     Args:
         path: the file.
@@ -127,7 +125,7 @@ def load(path: str | Path, network: str | None = None) -> tuple[nn.Module, Class
 
     Raises:
         DataError: the file is missing, cannot be read, is damaged, or holds something else than a classifier of memfit.
-        MemfitError: the net is one's own, and ``network`` is missing or makes none.
+        MemfitError: the net is one's own, and ``network`` is missing, or makes none that tells these classes apart.
     """
     tensors, metadata = model_file.read(path)
     config = model_file.read_config(path, metadata, HEADER_KEY, "classifier", ClassifierConfig.from_dict)
@@ -140,6 +138,9 @@ def load(path: str | Path, network: str | None = None) -> tuple[nn.Module, Class
             net = build(config.model, len(config.classes), config.width)
     else:
         net = build(network, len(config.classes))
-    model_file.check_tensors(path, tensors, net.state_dict(), "classifier")
-    net.load_state_dict(tensors, assign=network is None)
+    net.load_state_dict(
+        model_file.checked_tensors(path, tensors, net.state_dict(), "classifier"), assign=network is None
+    )
+    if network is not None:
+        check_scores(net, network, len(config.classes), config.size)
     return net.eval(), config

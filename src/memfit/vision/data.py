@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -246,9 +247,15 @@ def _checked_labels(path: Path, name: str, array: numpy.ndarray) -> numpy.ndarra
 
 def _classes(path: Path, names: numpy.ndarray | None, labels: numpy.ndarray) -> tuple[str, ...]:
     if names is not None:
-        if names.ndim != 1 or names.dtype.kind not in "US" or len(names) == 0 or len(set(names.tolist())) < len(names):
+        if names.ndim != 1 or names.dtype.kind not in "US" or len(names) == 0:
             raise DataError(f"{path}: classes must be a list of different names.")
-        return tuple(name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names.tolist())
+        given = names.tolist()
+        classes = tuple(name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in given)
+        twice = next((name for name, number in Counter(classes).items() if number > 1), None)
+        if twice is not None:
+            read = " (read as UTF-8)" if names.dtype.kind == "S" else ""
+            raise DataError(f"{path}: classes has the name {twice!r}{read} more than once; give different names.")
+        return classes
     used = numpy.unique(labels).tolist()
     # Looked at before names are made: labels that are no class numbers may be as large as they like.
     gap = next((before + 1 for before, after in pairwise([-1, *used]) if after > before + 1), None)

@@ -21,6 +21,7 @@ from memfit.choose import Where, choose
 from memfit.convert import ConvertedLayer, convert_
 from memfit.errors import MemfitError, TrainingError
 from memfit.ledger.target import Task
+from memfit.run.counts import check_count
 from memfit.vision.scan_figures import LEAST_COSINE, Filtered, FilterScan, ScannedLayer, Together, with_advice
 from memfit.vision.scan_kept import Kept, kept_by
 from memfit.vision.scan_layer import Agreement, Backward, agreement, backwards, now
@@ -77,8 +78,7 @@ def filter_scan(
     say = notify or (lambda sentence: None)
     if not patches:
         raise MemfitError("no size of patches was given: name one or more.")
-    if rounds < 1:
-        raise MemfitError(f"a scan takes 1 round or more, not {rounds}.")
+    check_count("number of rounds", rounds)
     if not 0 <= least_cosine <= 1:
         raise MemfitError(f"the least cosine is from 0 to 1, not {least_cosine}.")
     techniques = {GradientFilter(patch, taps, native) for patch in patches}

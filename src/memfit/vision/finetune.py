@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from memfit.convert import convert_, state_dict
-from memfit.errors import MemfitError
+from memfit.errors import DataError, MemfitError
 from memfit.fit import StepRecord, fit
 from memfit.ledger.target import parse_conversion
 from memfit.report_page import percent
 from memfit.run import results
+from memfit.run.counts import check_count
 from memfit.run.identity import digest
 from memfit.run.interrupts import InterruptedRun
 from memfit.run.optimizers import OptimizerName, make_optimizer, make_schedule
@@ -95,8 +96,7 @@ class FinetuneConfig:
             ("batch size", self.batch_size),
             ("size", self.size),
         ):
-            if value is not None and value < 1:
-                raise MemfitError(f"the {name} must be 1 or more, not {value}.")
+            check_count(name, value)
         if self.size > LARGEST_SIZE:
             raise MemfitError(f"the size must be at most {LARGEST_SIZE}, not {self.size}.")
         if self.epochs is not None and self.steps is not None:
@@ -130,10 +130,12 @@ class Start:
     """What a run starts from.
 
     Attributes:
+        classifier: what the model's file will say of it.
         knows_classes: whether the head is for the classes of the data already.
     """
 
     model: nn.Module
+    classifier: ClassifierConfig
     data: ImageData
     batches: Batches
     steps: int
@@ -191,6 +193,10 @@ def load(config: FinetuneConfig, say: Callable[[str], None]) -> Start:
     """The model, frozen where it does not train and not yet converted, and the images."""
     say(f"reading images from {config.data}")
     data = load_images(config.data, config.size)
+    try:
+        classifier_config = ClassifierConfig(config.model, data.classes, config.size, config.width)
+    except ValueError as error:
+        raise DataError(f"{config.data}: no classifier can be made for this data: {error}.") from error
     say(data.description)
     torch.manual_seed(config.seed)
     # Channels-last: the layout in which convolutions on the CPU train faster (docs/finetune.md has the figures).
@@ -212,7 +218,7 @@ def load(config: FinetuneConfig, say: Callable[[str], None]) -> Start:
         )
     batches = Batches(data.train, config.batch_size, flip=config.flip, fewest=fewest)
     steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * len(batches)
-    return Start(model, data, batches, steps, knows_classes, _settings(config, model, data, steps))
+    return Start(model, classifier_config, data, batches, steps, knows_classes, _settings(config, model, data, steps))
 
 
 def _finetune(
@@ -293,8 +299,7 @@ def _finetune(
         mistakes=_mistakes(start.data, before, after),
         versions=versions(),
     )
-    classes = ClassifierConfig(config.model, start.data.classes, config.size, config.width)
-    classifier.save(state_dict(model), classes, out / results.MODEL)
+    classifier.save(state_dict(model), start.classifier, out / results.MODEL)
     results.write_text(out / results.PAGE, render(report))
     # The last file to come is the sign of a finished run.
     results.write_text(out / results.REPORT, report.to_json())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import stat
 import struct
 import warnings
 import zlib
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memfit.errors import DataError, require
+from memfit.files import read_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,19 +49,9 @@ def read_image(path: str | Path) -> bytes:
     """The content of a picture's file.
 
     Raises:
-        DataError: it is missing or cannot be read.
+        DataError: it is missing, no ordinary file, or cannot be read.
     """
-    path = Path(path)
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-            raise DataError(f"{path}: this is {what}, not an image.")
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a name with a null character
-        raise DataError(f"{path}: there is no such image.") from error
-    except OSError as error:
-        raise DataError(f"{path}: the image cannot be read: {error.strerror or error}.") from error
+    return read_file(path, "image", DataError)
 
 
 def decode_image(payload: bytes, where: str | Path, size: int) -> Tensor:

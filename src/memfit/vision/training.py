@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from memfit.choose import listed
 from memfit.errors import MemfitError
+from memfit.ledger.target import describe_failure
 from memfit.run.modes import evaluating
 
 
@@ -54,11 +55,12 @@ def check_scores(model: nn.Module, name: str, classes: int, size: int) -> None:
     try:
         scores = _scores_of_one(model, size)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise MemfitError(f"{where} raises {type(error).__name__}: {reason}") from error
+        raise MemfitError(describe_failure(where, error, "smaller images need less")) from error
     if not isinstance(scores, Tensor) or scores.shape != (1, classes):
         found = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
         raise MemfitError(f"{where} gives {found}, and should give scores of shape (1, {classes}).")
+    if not scores.is_floating_point():
+        raise MemfitError(f"{where} gives {scores.dtype} scores, and should give floating-point ones.")
 
 
 def fewest_images(model: nn.Module, size: int) -> int:

@@ -16,6 +16,7 @@ from memfit import model_file
 from memfit.choose import listed
 from memfit.errors import DataError
 from memfit.run.finite import all_finite
+from memfit.storage import kind_if_not_plain
 from memfit.vision.classifier import HEADER_KEY, ClassifierConfig
 
 # What torch.load raises for files that are damaged, or that hold more than tensors.
@@ -46,8 +47,8 @@ def load_weights(model: nn.Module, path: str | Path, classes: Sequence[str] | No
         the keys that were left as they are: none, or those of the head.
 
     Raises:
-        DataError: the file is missing, damaged or no state dict, its keys or shapes are not the net's, or a weight is
-            not finite. The net is then unchanged.
+        DataError: the file is missing, damaged or no state dict of plain tensors, its keys, shapes or kinds of numbers
+            are not the net's, or a weight is not finite. The net is then unchanged.
     """
     tensors, file_classes = _read(Path(path))
     own = model.state_dict()
@@ -66,11 +67,17 @@ def load_weights(model: nn.Module, path: str | Path, classes: Sequence[str] | No
         "has in other shapes": sorted(
             key for key in expected - fresh if key in tensors and tensors[key].shape != own[key].shape
         ),
+        "has in other kinds of numbers": sorted(
+            key
+            for key in expected - fresh
+            if key in tensors and not model_file.converts(tensors[key].dtype, own[key].dtype)
+        ),
     }
     if any(wrong.values()):
         reasons = "; ".join(f"it {what} {listed(keys, most=4)}" for what, keys in wrong.items() if keys)
         raise DataError(f"{path}: these are not the weights of this model: {reasons}.")
-    taken = {key: tensors[key] for key in expected - fresh}
+    # In the net's own dtypes, in which a number that is too large for them is none.
+    taken = {key: tensors[key].to(own[key].dtype) for key in expected - fresh}
     broken = [key for key, tensor in taken.items() if not all_finite([tensor])]
     if broken:
         raise DataError(f"{path}: the weights {listed(broken, most=4)} are not finite; fetch or write the file again.")
@@ -107,6 +114,13 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], tuple[str, ...] | None]:
         raise DataError(
             f"{path}: not a file of plain tensors, or a damaged one; write it by torch.save(model.state_dict(), ...)."
         ) from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    ):
         raise DataError(f"{path}: holds no state dict; write it by torch.save(model.state_dict(), ...).")
+    for key, tensor in state.items():
+        if kind := kind_if_not_plain(tensor):
+            raise DataError(f"{path}: {key!r} is a {kind}; write plain dense tensors.")
     return state, None
