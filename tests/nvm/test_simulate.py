@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from memfit.cli.app import app
 from memfit.errors import CheckpointError, MemfitError, MissingExtraError
+from memfit.nvm import devices
 from memfit.nvm import simulate as module
 from memfit.nvm.page import joules, lifetime
 from memfit.nvm.schemes import SCHEMES
@@ -63,8 +64,8 @@ def test_a_resumed_simulation_ends_with_the_same_report(data, tmp_path, monkeypa
             raise Stopped
         return learn_online(learner, stream, **options)  # type: ignore[arg-type, return-value]
 
-    learn_online = module.learn_online
-    monkeypatch.setattr(module, "learn_online", stop)
+    learn_online = devices.learn_online
+    monkeypatch.setattr(devices, "learn_online", stop)
     with pytest.raises(Stopped):
         simulate(config(data, **chosen), tmp_path / "cut")
     monkeypatch.undo()
@@ -76,6 +77,18 @@ def test_a_resumed_simulation_ends_with_the_same_report(data, tmp_path, monkeypa
         assert one.cells == other.cells
     with pytest.raises(CheckpointError, match="period was 10 and is 20"):
         simulate(config(data, **chosen, period=20), tmp_path / "cut", resume=True)
+
+
+def test_devices_at_once_give_the_same_report_as_one_after_the_other(data, tmp_path):
+    chosen = {"worlds": ("analog",), "schemes": ("bias", "low-rank-max-norm", "sgd"), "samples": 200}
+    found = [simulate(config(data, **chosen), tmp_path / str(jobs), jobs=jobs) for jobs in (1, 2)]
+    for one, other in zip(*(each.results for each in found), strict=True):
+        assert one.curve == other.curve
+        assert one.cells == other.cells
+    more = config(data, **{**chosen, "samples": 300})
+    assert simulate(more, tmp_path / "2", jobs=8, resume=True).results[0].samples == 300
+    with pytest.raises(MemfitError, match="number of jobs must be 1 or more"):
+        simulate(config(data), tmp_path / "none", jobs=0)
 
 
 @pytest.mark.slow
@@ -260,7 +273,7 @@ def test_what_cannot_be_simulated_is_refused_and_leaves_the_folder_to_the_next_r
 def test_a_result_that_could_not_be_written_is_told_before_anything_is_learned(data, tmp_path, monkeypatch, own, taken):
     (tmp_path / "out" / taken).mkdir(parents=True)
     monkeypatch.setattr(module, "pretrain", None)
-    monkeypatch.setattr(module, "learn_online", None)
+    monkeypatch.setattr(devices, "learn_online", None)
     chosen = {"model": f"{HERE}:own_model", "stream": f"{HERE}:own_stream", "data": None} if own else {"data": data}
     # As for a run that goes on: without resuming, a page that is there is an earlier run's.
     with pytest.raises(MemfitError, match=rf"{taken}: the result cannot be written: a folder has that name"):

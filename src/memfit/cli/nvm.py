@@ -64,6 +64,7 @@ def nvm(
             metavar="FUNCTION",
         ),
     ] = None,
+    jobs: Annotated[int, typer.Option(help="Devices at once, in a process of one thread each.")] = 1,
     out: Annotated[
         Path, typer.Option(help="Folder for the report and the figure; must not hold an earlier run.", metavar="DIR")
     ] = Path("nvm"),
@@ -87,9 +88,8 @@ def nvm(
         model=model,
         stream=stream,
     )
-    target = " with ".join(each for each in (model, stream) if each) or "the simulation"
-    with users_code(target, "fewer samples at once need less"):
-        report = stoppable(lambda: simulate(config, out, resume=resume, notify=say, progress=True), out)
+    with users_code(config.own, "fewer samples at once need less"):
+        report = stoppable(lambda: simulate(config, out, resume=resume, jobs=jobs, notify=say, progress=True), out)
     if as_json:
         print(report.to_json(), end="")
     else:
