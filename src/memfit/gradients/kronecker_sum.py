@@ -96,6 +96,7 @@ class KroneckerSum(nn.Module):
         self.rank, self.unbiased, self.bits, self.block, self.seed = rank, unbiased, bits, block, seed
         self.dtype = dtype
         self.draws = 0
+        self._least = _LARGEST * torch.finfo(dtype).tiny  # of the largest element: what it is divided by is a number
         stored = torch.int16 if bits else dtype
         # Terms as rows: products with few of them are quicker that way.
         self.register_buffer("left", torch.zeros(rank, rows, dtype=stored, device=device))
@@ -163,10 +164,11 @@ class KroneckerSum(nn.Module):
 
     def _arrays(self, numbers: int, *terms: Tensor) -> list[Any]:
         """The factors and more, of :attr:`dtype`, as what is quicker: NumPy arrays, or tensors where it is much."""
-        held, same = self._stored(), [each.to(self.dtype) for each in terms]
+        held, same = self._stored(), [each if each.dtype == self.dtype else each.to(self.dtype) for each in terms]
         if numbers > _SMALL or not held[0].is_cpu:
             return [*_rows(*held), *same]
-        return [*_rows(*(each.numpy() for each in held)), *(each.detach().numpy() for each in same)]
+        plain = [each.detach() if each.requires_grad else each for each in same]
+        return [*_rows(*[each.numpy() for each in held]), *[each.numpy() for each in plain]]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L (rows, r) and R (columns, r), of :attr:`dtype`."""
@@ -202,7 +204,7 @@ class KroneckerSum(nn.Module):
         held: list[Any] = [each if isinstance(factors[0], Tensor) else each.numpy() for each in self._stored()]
         for number, factor in enumerate(factors):
             if self.bits:
-                largest = max(float(abs(factor).max()), _LARGEST * torch.finfo(self.dtype).tiny)
+                largest = max(float(factor.max()), -float(factor.min()), self._least)
                 held[2][number] = largest / _LARGEST
                 factor = (factor * (_LARGEST / largest)).round()
             held[number][:] = factor
