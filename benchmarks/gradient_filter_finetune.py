@@ -3,10 +3,10 @@
 CIFAR-10's subset in two halves: a ResNet-18 and a MobileNetV2 of half the width learn one at 80 x 80 and at last
 160 x 160. Then their last four convolutions with their batch norms (layer4 of the one, the last inverted residual and
 the convolution after it of the other, as in the paper) and the head are fine-tuned at 224 x 224 on 3,000 images of the
-other half: exactly, with patches of 2, 4 and 7, and with patches of 2 and 4 and the taps of kernels apart. All else is
-frozen and batch norms stand still, as in the paper. The halves are of the classes, with a new head for the other five,
-or of the images, with the head as it is: new tasks, and new data of the same. The learning rate of each method is the
-best of a grid on a seed of its own; then three seeds.
+other half: exactly, with patches of 2, 4 and 7, and with patches of 2 and the taps of kernels apart, also with some or
+all images exact for the weights. All else is frozen and batch norms stand still, as in the paper. The halves are of the
+classes, with a new head for the other five, or of the images, with the head as it is: new tasks, and new data of the
+same. The learning rate of each method is the best of a grid of whole runs on a seed of its own; then three seeds.
 
 Time of a training step and memory are of the nets in full width at 224 x 224, the channels last: methods in turn in one
 process, medians; the process's peak in a fresh process for each, and the ledger of the same step.
