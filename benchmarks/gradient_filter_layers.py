@@ -34,10 +34,10 @@ import torch
 from torch import Tensor, nn
 
 import memfit
-from memfit.activations.filtered_convolution import plan
 from memfit.activations.gradient_filter import FilteredConv2d
 from memfit.activations.native import operator
 from memfit.activations.patches import pool
+from memfit.activations.plan import plan
 from memfit.vision import models
 
 RESULTS = Path(__file__).parent / "results" / "gradient_filter_layers.json"
@@ -137,11 +137,12 @@ def variant(module: nn.Module, x: Tensor, g: Tensor) -> Variant:
 
     extra = None
     if isinstance(module, FilteredConv2d):
-        patch = module.technique.patch  # type: ignore[attr-defined]
-        rows, columns = module._windows()
-        cuts = plan((x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]), (rows, columns), (patch, patch)).inputs
+        technique: memfit.GradientFilter = module.technique  # type: ignore[assignment]
+        patch, windows = (technique.patch, technique.patch), module._windows()
+        sizes = ((x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]))
+        cuts = plan(*sizes, windows, patch, technique.taps == "apart").inputs
         pooled = x.detach()
-        by = operator().pool if module.technique.native else None  # type: ignore[attr-defined]
+        by = operator().pool if technique.native else None
         extra = lambda: pool(pooled, cuts) if by is None else by(pooled, *cuts)  # noqa: E731
     return Variant(lambda: module(x), backward, extra)
 

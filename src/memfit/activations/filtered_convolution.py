@@ -30,8 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -41,99 +39,9 @@ from torch.autograd.function import once_differentiable
 
 from memfit.activations import taps_apart
 from memfit.activations.native import operator, suits
-from memfit.activations.patches import Cut, Cuts, counts, pool, spread
+from memfit.activations.patches import counts, pool, spread
+from memfit.activations.plan import Plan, Window, plan
 from memfit.activations.pooled_gradients import input_gradient, weight_gradient
-
-
-class Window(NamedTuple):
-    """How a convolution reads one spatial axis: in pixels, and ``padding`` before the first, of the ``mode``."""
-
-    kernel: int
-    stride: int
-    padding: int
-    dilation: int
-    mode: str = "zeros"
-
-
-class Plan(NamedTuple):
-    """How the maps of one call are cut.
-
-    Attributes:
-        inputs: patches of x, one for each of y.
-        outputs: patches of y.
-        shifts: on each axis, by how many patches neighbouring taps lie apart; 0 where taps are summed.
-        reads: where taps are apart, for each axis and tap how many pixels of each patch of y read each patch of x.
-        spread_over: input pixels that share one output pixel's gradient.
-        pixels: of y in each patch, or None where patches at the border have fewer.
-    """
-
-    inputs: Cuts
-    outputs: Cuts
-    shifts: tuple[int, int]
-    reads: taps_apart.Reads | None
-    spread_over: int
-    pixels: int | None
-
-
-@lru_cache(maxsize=4096)
-def plan(
-    x: tuple[int, int], y: tuple[int, int], windows: tuple[Window, Window], patch: tuple[int, int], apart: bool = False
-) -> Plan:
-    """Cut input and output maps of the given sizes (H, W) into patches that belong to each other.
-
-    Args:
-        x, y: sizes of the maps.
-        windows: how the convolution reads each axis.
-        patch: pixels of y in a patch.
-        apart: keep taps apart that lie less than a patch from each other.
-    """
-    if apart and any(window.kernel > 1 or window.padding for window in windows):
-        (of_x, of_y, rows), (across_x, across_y, columns) = (
-            _read_axis(*each) for each in zip(x, y, windows, patch, strict=True)
-        )
-        by = taps_apart.of_axes(rows, columns)
-        return Plan((of_x, across_x), (of_y, across_y), (0, 0), by, 1, _pixels((of_y, across_y)))
-    axes = [_plan_axis(*each) for each in zip(x, y, windows, patch, strict=True)]
-    inputs, outputs, shifts, strides = zip(*axes, strict=True)
-    return Plan(inputs, outputs, shifts, None, prod(strides), _pixels(outputs))
-
-
-def _pixels(outputs: Cuts) -> int | None:
-    even = all(cut.size == cut.patches * cut.width for cut in outputs)
-    return outputs[0].width * outputs[1].width if even else None
-
-
-def _plan_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, Cut, int, int]:
-    patch = min(patch, outputs)
-    patches = -(-outputs // patch)
-    kernel, stride, padding, dilation, _ = window
-    every = 1
-    if kernel == 1 and padding == 0:  # the pixels between are not read
-        every, stride = stride, 1
-    width = patch * stride
-    # So that both patches have one centre, to the pixel: halves towards 0.
-    origin = int((dilation * (kernel - 1) + 1 - stride) / 2 - padding)
-    cuts = Cut(size, width, patches, origin, every), Cut(outputs, patch, patches)
-    is_wide = kernel % 2 == 1 and kernel > 1 and dilation >= width  # taps that are apart anyway, and far
-    return *cuts, round(dilation / width) if is_wide else 0, stride
-
-
-def _read_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, Cut, taps_apart.Counts]:
-    """Patches that cover all of x, and which of them each tap reads."""
-    patch = min(patch, outputs)
-    kernel, stride, padding, dilation, mode = window
-    every = stride if kernel == 1 and padding == 0 else 1
-    pixels = -(-size // every)
-    width = min(patch * stride // every, pixels)
-    positions = [
-        [
-            taps_apart.position(pixel * stride // every + tap * dilation - padding, pixels, mode)
-            for pixel in range(outputs)
-        ]
-        for tap in range(kernel)
-    ]
-    cuts = Cut(size, width, -(-pixels // width), 0, every), Cut(outputs, patch, -(-outputs // patch))
-    return *cuts, taps_apart.reads(pixels, outputs, positions, (patch, width))
 
 
 class ExactImages(NamedTuple):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from memfit.activations.filtered_convolution import ExactImages, Window, filtered_convolution
+from memfit.activations.filtered_convolution import ExactImages, filtered_convolution
 from memfit.activations.native import operator
+from memfit.activations.plan import Window
 from memfit.convert import ConvertedLayer, Technique
 from memfit.convolution_input import padded_input
 from memfit.errors import ConversionError
