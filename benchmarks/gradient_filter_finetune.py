@@ -199,9 +199,15 @@ def tune(
 
 
 def measure_accuracy(
-    net: Net, split: str, methods: Sequence[str], data: Path, work: Path, report: dict[str, Any]
+    net: Net,
+    split: str,
+    methods: Sequence[str],
+    data: Path,
+    work: Path,
+    report: dict[str, Any],
+    keep: Callable[[], None],
 ) -> None:
-    """Put each method's accuracies into the report."""
+    """Put each method's accuracies into the report, and keep that after each."""
     train, test = load_data(data)
     (first, second), (first_test, second_test) = halves(split, train, False), halves(split, test, True)
     model, before = pretrained(net, split, first, first_test, work)
@@ -226,9 +232,10 @@ def measure_accuracy(
             "accuracies": seeds,
             "mean": statistics.fmean(seeds),
         }
+        for each in rows.values():
+            each["loss_against_exact"] = rows["exact"]["mean"] - each["mean"] if "exact" in rows else None
         print(f"{net.name}, {split}, {method}: rate {best}, {[round(each, 4) for each in seeds]}", flush=True)
-    for each in rows.values():
-        each["loss_against_exact"] = rows["exact"]["mean"] - each["mean"] if "exact" in rows else None
+        keep()
 
 
 def training(net: Net, trains: Sequence[str] | None, patch: int, batch: int) -> tuple[nn.Module, Callable[[], None]]:
@@ -396,6 +403,10 @@ def main() -> None:
         print(json.dumps(measure_memory_here(NETS[name], what == "all layers", int(patch), int(batch))))
         return
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
+
+    def keep() -> None:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
     report["machine"] = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
     report["threads"] = torch.get_num_threads()
     for name in options.nets:
@@ -407,8 +418,8 @@ def main() -> None:
         if "accuracy" in options.only:
             for split in options.split:
                 found = row.setdefault("accuracy", {}).setdefault(split, {})
-                measure_accuracy(net, split, options.methods, options.data, options.work, found)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+                measure_accuracy(net, split, options.methods, options.data, options.work, found, keep)
+        keep()
 
 
 if __name__ == "__main__":
