@@ -23,12 +23,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from memfit.gradients.mixing import biased_mixing, random_signs, unbiased_mixing
 from memfit.gradients.reduction import Mixing, reduce_matrix, reduce_product
 
 _LARGEST = 2**15 - 1  # of 16 bits with a sign
-_SMALL = 2**13  # numbers of a block of terms: up to here NumPy is quicker, and what it takes is next to nothing
+# Up to so many numbers and terms NumPy is quicker, in one thread, and what it takes is next to nothing.
+_SMALL, _FEW = 2**13, 20
+
+
+_without_warnings = np.errstate(all="ignore")  # numbers that are not finite are told of in words
 
 
 class KroneckerSum(nn.Module):
@@ -148,24 +153,26 @@ class KroneckerSum(nn.Module):
             blocks = zip(left.split(self.block), right.split(self.block), strict=True)
             return min([self._add_block(*block) for block in blocks])
 
+    @_without_warnings
     def add_matrix(self, matrix: Tensor) -> bool:
         """Add a whole matrix (rows, columns), for those who have one anyway; see :meth:`add`."""
         with _exactly(matrix.device.type):
-            left, right, more = self._arrays(matrix.numel(), matrix)
+            left, right, more = self._arrays(matrix.numel(), min(matrix.shape), matrix)
             return self._keep(reduce_matrix(more + left.T @ right, self._mixing(min(more.shape))))
 
+    @_without_warnings
     def _add_block(self, left: Tensor, right: Tensor) -> bool:
         count = self.rank + len(left)
-        parts = self._arrays(count * sum(self.shape), left, right)
+        parts = self._arrays(count * sum(self.shape), count, left, right)
         join = torch.cat if isinstance(parts[0], Tensor) else np.concatenate
         lefts, rights = join(parts[::2]), join(parts[1::2])
         del parts
         return self._keep(reduce_product(lefts, rights, self._mixing(min(count, *self.shape))))
 
-    def _arrays(self, numbers: int, *terms: Tensor) -> list[Any]:
+    def _arrays(self, numbers: int, count: int, *terms: Tensor) -> list[Any]:
         """The factors and more, of :attr:`dtype`, as what is quicker: NumPy arrays, or tensors where it is much."""
         held, same = self._stored(), [each if each.dtype == self.dtype else each.to(self.dtype) for each in terms]
-        if numbers > _SMALL or not held[0].is_cpu:
+        if numbers > _SMALL or count > _FEW or not held[0].is_cpu:
             return [*_rows(*held), *same]
         plain = [each.detach() if each.requires_grad else each for each in same]
         return [*_rows(*[each.numpy() for each in held]), *[each.numpy() for each in plain]]
@@ -201,7 +208,10 @@ class KroneckerSum(nn.Module):
     def _keep(self, factors: tuple[Any, Any] | None) -> bool:
         if factors is None:
             return False
-        held: list[Any] = [each if isinstance(factors[0], Tensor) else each.numpy() for each in self._stored()]
+        held: list[Any] = self._stored()
+        if not isinstance(factors[0], Tensor):
+            increment_version(held)  # NumPy does not tell autograd of what it writes
+            held = [each.numpy() for each in held]
         for number, factor in enumerate(factors):
             if self.bits:
                 largest = max(float(factor.max()), -float(factor.min()), self._least)

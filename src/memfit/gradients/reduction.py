@@ -1,8 +1,8 @@
 """A sum of outer products made shorter: of many terms as few as the rank.
 
 The terms are rows, as layers have them, of NumPy arrays or of tensors: the same code for both. A call of NumPy costs a
-third of a call of torch's, which is what the time of small sums goes into. What is of the size of the number of terms
-is always computed by NumPy, on the CPU.
+third of a call of torch's, which is what the time of small sums goes into; larger ones are not for NumPy, whose threads
+are its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ Mixing = Callable[[Sequence[float]], list[list[float]]]
 """Of p singular values, largest first, makes M (p x r), as rows."""
 
 
-@np.errstate(invalid="ignore", over="ignore")  # numbers that are not finite are told in words
+_NAN = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # what is said of it
+
+
 def reduce_product(left: Any, right: Any, mixing: Mixing) -> tuple[Any, Any] | None:
     """Fewer terms for the sum of outer products ``left^T right``.
 
@@ -37,19 +39,18 @@ def reduce_product(left: Any, right: Any, mixing: Mixing) -> tuple[Any, Any] | N
         return reduce_matrix(left.T @ right, mixing)
     left_basis, left_triangle = _qr(left.T)
     right_basis, right_triangle = _qr(right.T)
+    core = left_triangle @ right_triangle.T
     try:
-        core = _numpy(left_triangle @ right_triangle.T)
-        u, values, v = np.linalg.svd(core)
-    except np.linalg.LinAlgError:  # what NumPy says of NaN
+        u, values, v = _small(torch.linalg.svd, np.linalg.svd, core)
+    except _NAN:
         return None
     numbers = values.tolist()
     if not math.isfinite(sum(numbers)):
         return None
-    mixed = np.array(mixing(numbers), dtype=core.dtype).T
+    mixed = np.array(mixing(numbers), dtype=values.dtype).T
     return _as(mixed @ u.T, left) @ left_basis.T, _as(mixed @ v, right) @ right_basis.T
 
 
-@np.errstate(invalid="ignore", over="ignore")
 def reduce_matrix(matrix: Any, mixing: Mixing) -> tuple[Any, Any] | None:
     """The same for a matrix (n, m) of which one side is short: p = min(n, m) singular values.
 
@@ -61,8 +62,8 @@ def reduce_matrix(matrix: Any, mixing: Mixing) -> tuple[Any, Any] | None:
         return None if factors is None else factors[::-1]
     wide = matrix.double() if isinstance(matrix, Tensor) else matrix.astype(np.float64)
     try:
-        squares, basis = np.linalg.eigh(_numpy(wide @ wide.T))
-    except np.linalg.LinAlgError:
+        squares, basis = _small(torch.linalg.eigh, np.linalg.eigh, wide @ wide.T)
+    except _NAN:
         return None
     values = np.sqrt(np.maximum(squares[::-1], 0.0))
     numbers = values.tolist()
@@ -84,8 +85,11 @@ def _qr(columns: Any) -> tuple[Any, Any]:
     return basis.numpy(), triangle.numpy()
 
 
-def _numpy(x: Any) -> np.ndarray[Any, Any]:
-    return x.cpu().numpy() if isinstance(x, Tensor) else x
+def _small(by_torch: Callable[..., Any], by_numpy: Callable[..., Any], matrix: Any) -> list[np.ndarray[Any, Any]]:
+    """A decomposition, of a tensor on the CPU, where small ones are quicker than on a GPU; as NumPy arrays."""
+    if isinstance(matrix, Tensor):
+        return [each.numpy() for each in by_torch(matrix.cpu())]
+    return list(by_numpy(matrix))
 
 
 def _as(array: np.ndarray[Any, Any], like: Any) -> Any:

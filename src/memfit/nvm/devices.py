@@ -69,7 +69,7 @@ def run_at_once(
     progress: bool,
 ) -> None:
     """Run every device to its checkpoint, so many at a time in processes of their own."""
-    state = pickle.dumps(model.state_dict())
+    state = pickle.dumps({name: each.detach() for name, each in _tensors(model)})
     tasks = {", ".join(device): (config, out, state, device, settings, resume) for device in devices}
     done = dict.fromkeys(tasks, 0)
     with Meter(f"{len(tasks)} devices, {jobs} at once", config.samples * len(tasks), progress) as meter:
@@ -82,6 +82,11 @@ def run_at_once(
         signal = run_in_processes(tasks, _run_alone, jobs, heard)
     if signal is not None:
         raise InterruptedRun(signal, sum(done.values()), config.samples * len(tasks), out / ONLINE)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Those that are in no ``state_dict`` too."""
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _run_alone(
@@ -101,11 +106,15 @@ def _run_alone(
             model: nn.Module = CharacterNet(images.size, images.classes)
         else:
             model = load_model(config.model)
-        model.load_state_dict(pickle.loads(state))
+        held = pickle.loads(state)
+        with torch.no_grad():
+            for name, each in _tensors(model):
+                each.copy_(held[name])
         stream = streams_of(config, images)[device[0]]
         if config.model is not None:
             check_model(config, model, stream)
         run_device(config, out, model, stream, device, settings, resume, lambda done, *_: tell(done))
+        tell(config.samples)  # of what was there
 
 
 def _learner(config: NvmConfig, model: nn.Module, scheme: Scheme) -> Learner:

@@ -47,7 +47,8 @@ def simulate(
             training) and ``online/WORLD-SCHEME.safetensors`` (each device, as it is after the last sample).
         resume: go on from what is in ``out``; what is finished is not run again. The same command with more samples
             goes on from the earlier end.
-        jobs: devices at once, in processes of their own from 2 on; the results are the same.
+        jobs: devices at once, from 2 on in processes of their own: a script needs ``if __name__ == "__main__":``, and a
+            model of the user's is made in each, and gets the weights and buffers of this one. The results are the same.
         notify: is told, in a sentence each, what happens next.
         progress: show on stderr how far the runs are.
 

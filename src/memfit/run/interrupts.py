@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -50,6 +51,8 @@ def stopping_in_order() -> Iterator[None]:
 class Interrupts:
     """While the block runs, the first SIGINT or SIGTERM is noted, and the second raises ``KeyboardInterrupt`` at once.
 
+    In a process that another has started, the second is the same wish as the first.
+
     Handlers are installed in the main thread only (Python allows no other), not for a signal that the process ignores
     (a background job of a shell ignores Ctrl-C), and not over a handler that is not Python's. The earlier ones come
     back at the end of the block.
@@ -78,6 +81,8 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and multiprocessing.parent_process() is not None:
+            return  # who has started this process says again what its group was told
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = int(number)

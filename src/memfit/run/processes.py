@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from memfit.errors import MemfitError
 from memfit.run.interrupts import InterruptedRun, Interrupts
 
+_READY = "ready"
 _LISTENING = 0.2  # seconds between looks for a signal
 
 
@@ -57,26 +59,30 @@ def run_in_processes(
                         process.terminate()
                 while waiting and len(running) < at_once and not stopped:
                     name = waiting.pop(0)
-                    connection, process = _start(work, tasks[name])
+                    connection, process = _start(work)
                     running[connection] = (name, process)
                 heard = wait(list(running), _LISTENING)
                 for connection in [each for each in running if each in heard]:
                     name, process = running[connection]
                     try:
                         message = connection.recv()
-                    except EOFError:
+                    except (EOFError, ConnectionResetError):
                         process.join()
                         del running[connection]
                         if process.exitcode and not stopped and failure is None:
                             failure = _Failed(_died(name, process.exitcode), MemfitError)
                         continue
-                    if isinstance(message, _Failed):
+                    if message == _READY:
+                        with suppress(BrokenPipeError, ConnectionResetError):  # its end is told of next
+                            connection.send(tasks[name])
+                    elif isinstance(message, _Failed):
                         failure = failure or message
                     else:
                         on_message(name, message)
         finally:
             for _, process in running.values():  # when what was told has raised, or at the second Ctrl-C
-                process.terminate()
+                if not stopped:
+                    process.terminate()
                 process.join()
     if failure is not None:
         raise failure.kind(failure.said)
@@ -85,40 +91,41 @@ def run_in_processes(
 
 def _died(name: str, status: int) -> str:
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
-    return f"the process of {name} ended {how}, perhaps for want of memory: fewer at once need less."
+    return f"the process of {name} ended {how}, perhaps for want of memory: give fewer at once."
 
 
-def _start(work: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[Connection, SpawnProcess]:
+def _start(work: Callable[..., None]) -> tuple[Connection, SpawnProcess]:
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_task, args=(theirs, work, arguments), daemon=True)
-    with _ignoring_ctrl_c():
-        process.start()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_task, args=(theirs, work), daemon=True)
+    with _ctrl_c_later():
+        process.start()  # with little to hand over: this waits, deaf, until the process takes what is more
     theirs.close()
     return ours, process
 
 
 @contextmanager
-def _ignoring_ctrl_c() -> Iterator[None]:
-    """A process that starts in here does so for good: it is told by SIGTERM."""
-    if threading.current_thread() is not threading.main_thread():
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C comes after the block; a process that starts in here never gets it: it is told by SIGTERM."""
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _task(connection: Connection, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _task(connection: Connection, work: Callable[..., None]) -> None:
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
-        work(connection.send, *arguments)
-    except InterruptedRun:
-        pass
+        connection.send(_READY)
+        work(connection.send, *connection.recv())
     except MemfitError as error:
         connection.send(_Failed(str(error), type(error)))
+    except (InterruptedRun, KeyboardInterrupt, EOFError):
+        sys.exit(1)
 
 
 def _end_with_the_parent() -> None:
