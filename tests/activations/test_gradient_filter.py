@@ -429,6 +429,28 @@ def test_maps_may_change_their_size_from_call_to_call() -> None:
             torch.testing.assert_close(value, expected[name])
 
 
+@pytest.mark.parametrize("size", [8, 9])
+def test_an_empty_batch_passes_with_taps_apart(size: int) -> None:
+    found = gradients(
+        filtered(nn.Conv2d(4, 6, 3, padding=1), 2, "apart"),
+        torch.empty(0, 4, size, size),
+        torch.empty(0, 6, size, size),
+    )
+    assert float(found["weight"].abs().max()) == 0
+    assert found["x"].shape == (0, 4, size, size)
+
+
+@pytest.mark.parametrize("length", [400, 401])
+def test_taps_apart_of_a_long_map_are_exact_too(length: int) -> None:
+    layer = nn.Conv1d(2, 3, 3, padding=1).double()
+    coarse = [torch.randn(2, channels, -(-length // 2), dtype=torch.float64) for channels in (2, 3)]
+    x, g = (each.repeat_interleave(2, 2)[:, :, :length].contiguous() for each in coarse)
+    found, exact = gradients(filtered(layer, 2, "apart"), x, g), gradients(layer, x, g)
+    torch.testing.assert_close(found["weight"], exact["weight"])
+    mean = nn.functional.avg_pool1d(exact["x"], 2, ceil_mode=True).repeat_interleave(2, 2)[:, :, :length]
+    torch.testing.assert_close(found["x"], mean)
+
+
 def test_an_empty_batch_passes() -> None:
     found = gradients(filtered(nn.Conv2d(2, 2, 3, padding=1), 2), torch.zeros(0, 2, 8, 8), torch.zeros(0, 2, 8, 8))
     assert found["weight"].abs().sum() == 0

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     pixels: int | None
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def plan(
     x: tuple[int, int], y: tuple[int, int], windows: tuple[Window, Window], patch: tuple[int, int], apart: bool = False
 ) -> Plan:
@@ -81,7 +81,7 @@ def _plan_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut
     return Cut(size, width, -(-outputs // patch), origin, every), round(dilation / width) if is_wide else 0, stride
 
 
-def _read_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, taps_apart.Counts]:
+def _read_axis(size: int, outputs: int, window: Window, patch: int) -> tuple[Cut, taps_apart.Axis]:
     """Patches that cover all of x, and which of them each tap reads."""
     patch = min(patch, outputs)
     kernel, stride, padding, dilation, mode = window

@@ -15,52 +15,67 @@ the gradients of a small convolution of X, whose kernel is A_rows^T w A_columns 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Counts = tuple[tuple[tuple[int, ...], ...], ...]
+Counts = dict[tuple[int, int, int], int]
+"""What of N is not zero, by tap, patch of the output and patch of x."""
 Shares = tuple[tuple[int, ...], ...]
+_DENSE = 4096  # numbers of a table up to which a product with all of them is quicker than one with those not zero
+
+
+class Axis(NamedTuple):
+    """What the taps of one axis read.
+
+    Attributes:
+        taps: how many there are.
+        outputs: patches of the output.
+        inputs: patches of x.
+        counts: N.
+    """
+
+    taps: int
+    outputs: int
+    inputs: int
+    counts: Counts
 
 
 class Reads(NamedTuple):
     """What the taps read. Plain numbers, as these are kept, and compilers are to see through them.
 
     Attributes:
-        rows: N of the rows, (taps, patches of the output, patches of x).
-        columns: of the columns.
-        shares: A of both, (taps, 2 r + 1) for a reach of r patches, or None where N depends on more than r - q.
+        axes: of rows and columns, or None where ``shares`` say it.
+        shares: A of rows and columns, (taps, 2 r + 1) for a reach of r patches, where N depends on r - q alone and the
+            reach is short.
     """
 
-    rows: Counts
-    columns: Counts
+    axes: tuple[Axis, Axis] | None
     shares: tuple[Shares, Shares] | None
 
 
-def of_axes(rows: Counts, columns: Counts) -> Reads:
+def of_axes(rows: Axis, columns: Axis) -> Reads:
     """Of both axes."""
     of_rows, of_columns = _shares(rows), _shares(columns)
-    return Reads(rows, columns, None if of_rows is None or of_columns is None else (of_rows, of_columns))
+    return Reads((rows, columns), None) if of_rows is None or of_columns is None else Reads(None, (of_rows, of_columns))
 
 
-def _shares(counts: Counts) -> Shares | None:
-    outputs, inputs = len(counts[0]), len(counts[0][0])
-    if outputs != inputs:
+def _shares(axis: Axis) -> Shares | None:
+    reach = max([0, *[abs(r - q) for _, q, r in axis.counts]])
+    # Taps that a dilation holds far apart would make a large kernel of mostly zeros.
+    if axis.outputs != axis.inputs or 2 * reach + 1 > axis.taps + 2:
         return None
-    reach = 0
-    found: list[dict[int, int]] = []
-    for tap in counts:
-        row: dict[int, int] = {}
-        for q in range(outputs):
-            for r in range(inputs):
-                if row.setdefault(r - q, tap[q][r]) != tap[q][r]:
-                    return None
-                if tap[q][r]:
-                    reach = max(reach, abs(r - q))
-        found.append(row)
-    return tuple(tuple(row.get(away, 0) for away in range(-reach, reach + 1)) for row in found)
+    found = [[0] * (2 * reach + 1) for _ in range(axis.taps)]
+    for (tap, q, r), count in axis.counts.items():
+        found[tap][r - q + reach] = max(found[tap][r - q + reach], count)
+    for tap, row in enumerate(found):
+        for place, count in enumerate(row):
+            away = place - reach
+            patches = range(max(0, -away), min(axis.outputs, axis.outputs - away))
+            if any(axis.counts.get((tap, q, q + away), 0) != count for q in patches):
+                return None
+    return tuple(tuple(row) for row in found)
 
 
 def position(pixel: int, size: int, mode: str) -> int | None:
@@ -76,26 +91,22 @@ def position(pixel: int, size: int, mode: str) -> int | None:
     return None
 
 
-def reads(size: int, outputs: int, positions: list[list[int | None]], widths: tuple[int, int]) -> Counts:
-    """N of one axis.
+def reads(size: int, outputs: int, positions: list[list[int | None]], widths: tuple[int, int]) -> Axis:
+    """What the taps of one axis read.
 
     Args:
         size: of x, in pixels.
         outputs: pixels of the output.
         positions: for each tap and each pixel of the output the pixel of x that it reads, or None for padding.
         widths: of patches of the output, and of x; the first patches begin at the first pixels.
-
-    Returns:
-        (taps, patches of the output, patches of x).
     """
-    found = []
-    for read in positions:
-        table = [[0] * -(-size // widths[1]) for _ in range(-(-outputs // widths[0]))]
-        for pixel, position in enumerate(read):
-            if position is not None:
-                table[pixel // widths[0]][position // widths[1]] += 1
-        found.append(tuple(tuple(row) for row in table))
-    return tuple(found)
+    counts: Counts = {}
+    for tap, read in enumerate(positions):
+        for pixel, place in enumerate(read):
+            if place is not None:
+                key = (tap, pixel // widths[0], place // widths[1])
+                counts[key] = counts.get(key, 0) + 1
+    return Axis(len(positions), -(-outputs // widths[0]), -(-size // widths[1]), counts)
 
 
 def weight_gradient(means: Tensor, pooled: Tensor, by: Reads, groups: int) -> Tensor:
@@ -115,19 +126,21 @@ def weight_gradient(means: Tensor, pooled: Tensor, by: Reads, groups: int) -> Te
         gradient = _backward(means, pooled, means.new_empty(1).expand(shape), groups, (False, True, False))[1]
         taps = [len(each) for each in by.shares]
         return (gradient.flatten(2) @ _both(by.shares, means).t()).unflatten(2, taps)
+    assert by.axes is not None
+    rows, columns = by.axes
     g, x = means.permute(0, 2, 3, 1), pooled.permute(0, 2, 3, 1)
-    rows = g.reshape(-1, groups, g.shape[3] // groups)
-    across = _across(by.columns, means)
     batch, height, _, channels = x.shape
     depthwise = groups == channels == means.shape[1]  # then the products are elementwise
-    read = (across @ x).view(batch, height, -1)
+    g = g.reshape(batch * rows.outputs * columns.outputs, groups, means.shape[1] // groups)
+    read = _times(_table(columns, means), x).reshape(batch, height, -1 if batch else 0)
     parts = []
-    for down in _down(by.rows, means):
-        terms = (down @ read).view(len(rows), -1, groups, channels // groups)  # q; tap of the columns; channel
+    for tap in range(rows.taps):
+        terms = _times(_table(rows, means, tap), read)  # q; tap of the columns; channel
+        terms = terms.reshape(len(g), columns.taps, groups, channels // groups)
         if depthwise:
-            parts.append((rows.unsqueeze(1) * terms).sum(0).permute(1, 2, 0).unsqueeze(1))
+            parts.append((g.unsqueeze(1) * terms).sum(0).permute(1, 2, 0).unsqueeze(1))
         else:
-            parts.append(torch.einsum("mgo,mkgi->goik", rows, terms))
+            parts.append(torch.einsum("mgo,mkgi->goik", g, terms))
     return torch.stack(parts, 3).flatten(0, 1)
 
 
@@ -148,22 +161,21 @@ def input_gradient(means: Tensor, weight: Tensor, by: Reads, groups: int) -> Ten
         kernel = (weight.flatten(2) @ _both(by.shares, means)).unflatten(2, sizes)
         like = means.new_empty(1).expand(len(means), weight.shape[1] * groups, *means.shape[2:])
         return _backward(means, like, kernel, groups, (True, False, False))[0]
-    g = means.permute(0, 2, 3, 1)
-    batch, height, width, outputs = g.shape
-    rows = g.reshape(-1, groups, outputs // groups)
-    across = _across(by.columns, means).t()
+    assert by.axes is not None
+    rows, columns = by.axes
+    batch, outputs, channels = means.shape[0], means.shape[1], weight.shape[1] * groups
+    g = means.permute(0, 2, 3, 1).reshape(-1, groups, outputs // groups) if means.numel() else means.new_empty(0)
+    across = _table(columns, means).t()
     taps = weight.unflatten(0, (groups, -1)).permute(3, 0, 1, 4, 2)  # tap of the rows first, channels of x last
-    total: Tensor | None = None
-    for down, kernel in zip(_down(by.rows, means), taps, strict=True):
-        if kernel.shape[0] == outputs and kernel.shape[3] == 1:  # depthwise: elementwise
-            terms = rows.unsqueeze(1) * kernel.squeeze(1).transpose(0, 1)
+    total = means.new_zeros(batch, rows.inputs, columns.inputs * channels)
+    for tap, kernel in enumerate(taps if batch else ()):
+        if outputs == groups == channels:  # depthwise: elementwise
+            terms = g.view(-1, 1, groups) * kernel[:, 0, :, 0].t()
         else:
-            terms = torch.einsum("mgo,goki->mkgi", rows, kernel)
-        terms = terms.reshape(batch * height, width * kernel.shape[2], -1)
-        read = down.t() @ (across @ terms).view(batch, height, -1)
-        total = read if total is None else total.add_(read)
-    assert total is not None
-    return total.view(batch, len(by.rows[0][0]), len(by.columns[0][0]), -1).permute(0, 3, 1, 2)
+            terms = torch.einsum("mgo,goki->mkgi", g, kernel)
+        terms = terms.reshape(batch * rows.outputs, columns.outputs * columns.taps, channels)
+        total += _times(_table(rows, means, tap).t(), _times(across, terms).reshape(batch, rows.outputs, -1))
+    return total.view(batch, rows.inputs, columns.inputs, channels).permute(0, 3, 1, 2)
 
 
 def _both(shares: tuple[Shares, Shares], like: Tensor) -> Tensor:
@@ -181,11 +193,22 @@ def _backward(g: Tensor, x: Tensor, kernel: Tensor, groups: int, wanted: tuple[b
     return found
 
 
-def _down(counts: Counts, like: Tensor) -> Iterator[Tensor]:
-    """For each tap of the rows, patches of the output x patches of x."""
-    yield from torch.tensor(counts, dtype=like.dtype, device=like.device)
+def _table(axis: Axis, like: Tensor, tap: int | None = None) -> Tensor:
+    """N as a matrix, patches of the output x patches of x: of one tap, or of all, each patch's one after the other."""
+    taps = axis.taps if tap is None else 1
+    of = [(q * taps + (t if tap is None else 0), r, n) for (t, q, r), n in axis.counts.items() if tap in (None, t)]
+    places = torch.tensor([each[:2] for each in of], dtype=torch.int64, device=like.device).view(-1, 2).t()
+    values = torch.tensor([each[2] for each in of], dtype=like.dtype, device=like.device)
+    shape = (axis.outputs * taps, axis.inputs)
+    if shape[0] * shape[1] > _DENSE and like.dtype in (torch.float32, torch.float64):
+        return torch.sparse_coo_tensor(places, values, shape, check_invariants=False)
+    return like.new_zeros(shape).index_put_((places[0], places[1]), values)
 
 
-def _across(counts: Counts, like: Tensor) -> Tensor:
-    """Patches of the output, and in each the taps, x patches of x."""
-    return torch.tensor(counts, dtype=like.dtype, device=like.device).transpose(0, 1).flatten(0, 1)
+def _times(table: Tensor, x: Tensor) -> Tensor:
+    """Product of a matrix (n, m) with each of x (..., m, c)."""
+    if not table.is_sparse:
+        return table @ x
+    rows = x.movedim(-2, 0)
+    product = torch.sparse.mm(table, rows.reshape(len(rows), -1))
+    return product.view(-1, *rows.shape[1:]).movedim(0, -2)
