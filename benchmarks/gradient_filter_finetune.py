@@ -238,7 +238,9 @@ def measure_accuracy(
         keep()
 
 
-def training(net: Net, trains: Sequence[str] | None, patch: int, batch: int) -> tuple[nn.Module, Callable[[], None]]:
+def training(
+    net: Net, trains: Sequence[str] | None, technique: memfit.GradientFilter | None, batch: int
+) -> tuple[nn.Module, Callable[[], None]]:
     """A net in full width at 224 x 224 and its training step; ``trains`` None: everything, filtered from there on."""
     torch.manual_seed(0)
     model = net.build(10, 1.0).to(memory_format=LAST)
@@ -250,9 +252,9 @@ def training(net: Net, trains: Sequence[str] | None, patch: int, batch: int) -> 
     for each in model.modules():
         if isinstance(each, nn.BatchNorm2d):
             each.eval()
-    if patch:
+    if technique is not None:
         where = "*" if trains is None else [f"{name}.*" for name in chosen]
-        memfit.convert_(model, memfit.GradientFilter(patch), where=where)
+        memfit.convert_(model, technique, where=where)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=LAST)
     y = torch.randint(0, 10, (batch,))
@@ -271,26 +273,26 @@ def measure_steps(net: Net, rounds: int, batch: int) -> dict[str, Any]:
     """Seconds of a step and of its forward: for the last four convolutions, these on stored features, and all."""
     report: dict[str, Any] = {"batch": batch}
     for what, trains in (("last four convolutions", net.last), ("all layers", None)):
-        steps = {patch: training(net, trains, patch, batch)[1] for patch in PATCHES}
+        steps = {method: training(net, trains, technique, batch)[1] for method, technique in METHODS.items()}
         report[what] = _in_turn(steps, rounds)
     report["last four convolutions on stored features"] = _in_turn(
-        {patch: _on_features(net, patch, batch) for patch in PATCHES}, rounds
+        {method: _on_features(net, technique, batch) for method, technique in METHODS.items()}, rounds
     )
     for what, row in report.items():
         if isinstance(row, dict):
-            print(net.name, what, {patch: round(each["speedup"], 2) for patch, each in row.items()}, flush=True)
+            print(net.name, what, {method: round(each["speedup"], 2) for method, each in row.items()}, flush=True)
     return report
 
 
-def _on_features(net: Net, patch: int, batch: int) -> Callable[[], None]:
+def _on_features(net: Net, technique: memfit.GradientFilter | None, batch: int) -> Callable[[], None]:
     torch.manual_seed(0)
     model = net.build(10, 1.0).to(memory_format=LAST).eval()
     frozen, tail = net.split(model)
     with torch.no_grad():
         stored = frozen(torch.randn(batch, 3, 224, 224).contiguous(memory_format=LAST))
     y = torch.randint(0, 10, (batch,))
-    if patch:
-        memfit.convert_(tail, memfit.GradientFilter(patch))
+    if technique is not None:
+        memfit.convert_(tail, technique)
     optimizer = torch.optim.SGD(tail.parameters(), lr=1e-4, momentum=0.9)
 
     def step() -> None:
@@ -302,26 +304,26 @@ def _on_features(net: Net, patch: int, batch: int) -> Callable[[], None]:
     return step
 
 
-def _in_turn(steps: dict[int, Any], rounds: int) -> dict[str, dict[str, float]]:
-    seconds: dict[int, list[float]] = {patch: [] for patch in steps}
-    forward: dict[int, list[float]] = {patch: [] for patch in steps}
+def _in_turn(steps: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
+    forward: dict[str, list[float]] = {method: [] for method in steps}
     for turn in range(-1, rounds):
-        for patch, step in steps.items():
-            for call, seen in ((step, seconds[patch]), (step.forward, forward[patch])):
+        for method, step in steps.items():
+            for call, seen in ((step, seconds[method]), (step.forward, forward[method])):
                 started = perf_counter()
                 result = call()
                 if turn >= 0:
                     seen.append(perf_counter() - started)
                 del result
-    exact = statistics.median(seconds[0])
+    exact = statistics.median(seconds["exact"])
     return {
-        str(patch): {
+        method: {
             "step_s": statistics.median(seen),
-            "forward_s": statistics.median(forward[patch]),
+            "forward_s": statistics.median(forward[method]),
             "speedup": exact / statistics.median(seen),
-            "bound_by_forward": exact / statistics.median(forward[patch]),
+            "bound_by_forward": exact / statistics.median(forward[method]),
         }
-        for patch, seen in seconds.items()
+        for method, seen in seconds.items()
     }
 
 
@@ -329,9 +331,10 @@ def measure_memory_here(net: Net, everything: bool, patch: int, batch: int) -> d
     """The peak of a step's process, and the ledger of the step, in this very process."""
     trains = None if everything else net.last
     memfit.release_freed_memory()  # as memfit.fit does
-    _, small = training(net, trains, patch, 1)
+    technique = memfit.GradientFilter(patch) if patch else None
+    _, small = training(net, trains, technique, 1)
     small()  # loads the libraries' code
-    model, step = training(net, trains, patch, batch)
+    model, step = training(net, trains, technique, batch)
     with memfit.process_peak() as process:
         for _ in range(2):
             step()

@@ -50,6 +50,28 @@ def test_every_task_is_done_and_what_it_tells_comes_in_order() -> None:
     assert told == {"a": [0, 1, 2], "b": [3, 4], "c": []}
 
 
+def measure(tell: Tell, some: bytes) -> None:
+    tell(len(some))
+
+
+def test_arguments_may_be_larger_than_a_pipe_holds() -> None:
+    found: list[int] = []
+    run_in_processes({"one": (b"x" * 1_000_000,)}, measure, 1, lambda name, size: found.append(size))
+    assert found == [1_000_000]
+
+
+def say_who_and_run(tell: Tell, file: Path) -> None:
+    run_until_stopped(lambda _: tell(os.getpid()), file)
+
+
+def test_a_task_that_someone_else_stops_is_not_done(tmp_path: Path) -> None:
+    with pytest.raises(MemfitError, match="the process of one ended with status 1"):
+        run_in_processes(
+            {"one": (tmp_path / "one",)}, say_who_and_run, 1, lambda name, process: os.kill(process, signal.SIGTERM)
+        )
+    assert (tmp_path / "one").read_text() == "in order"
+
+
 @pytest.mark.parametrize(
     ("how", "kind", "said"),
     [("told", DataError, "has no images"), ("killed", MemfitError, "process of second ended by signal 9")],
@@ -99,7 +121,7 @@ def program(tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
 def test_a_signal_to_the_program_or_its_group_stops_all_tasks_in_order(
     tmp_path: Path, program: subprocess.Popen[str], number: int, group: bool
 ) -> None:
