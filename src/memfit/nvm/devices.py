@@ -42,6 +42,7 @@ def run_device(
     resume: bool,
     on_chunk: Callable[[int, float, int], None],
 ) -> SchemeResult:
+    """Let one device see all samples, or those that its checkpoint has not; ``on_chunk`` as of ``learn_online``."""
     world, scheme = device
     rates, learner = config.rates(scheme), _learner(config, model, scheme)
     record = learn_online(

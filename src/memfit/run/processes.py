@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 from memfit.errors import MemfitError
 from memfit.run.interrupts import InterruptedRun, Interrupts
 
-_READY = "ready"
 _LISTENING = 0.2  # seconds between looks for a signal
+
+
+class _Ready(NamedTuple):
+    """A process is there, and waits for its arguments."""
 
 
 class _Failed(NamedTuple):
@@ -72,7 +75,7 @@ def run_in_processes(
                         if process.exitcode and not stopped and failure is None:
                             failure = _Failed(_died(name, process.exitcode), MemfitError)
                         continue
-                    if message == _READY:
+                    if isinstance(message, _Ready):
                         with suppress(BrokenPipeError, ConnectionResetError):  # its end is told of next
                             connection.send(tasks[name])
                     elif isinstance(message, _Failed):
@@ -120,7 +123,7 @@ def _ctrl_c_later() -> Iterator[None]:
 def _task(connection: Connection, work: Callable[..., None]) -> None:
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
-        connection.send(_READY)
+        connection.send(_Ready())
         work(connection.send, *connection.recv())
     except MemfitError as error:
         connection.send(_Failed(str(error), type(error)))
