@@ -25,9 +25,9 @@ values = st.lists(st.just(0.0) | st.floats(1e-9, 1), min_size=1, max_size=9).map
 )
 
 
-def matrix(rows: list[list[float]]) -> Tensor:
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
+def rows_of(squares: list[float]) -> Tensor:
+    lengths, which, directions = orthonormal_columns(squares)
+    return torch.tensor(lengths, dtype=torch.float64)[:, None] * torch.tensor(directions, dtype=torch.float64)[which]
 
 
 def all_signs(count: int) -> list[list[int]]:
@@ -36,7 +36,7 @@ def all_signs(count: int) -> list[list[int]]:
 
 @given(values, st.integers(1, 8))
 def test_the_mean_over_all_signs_is_the_diagonal_itself(values: list[float], rank: int) -> None:
-    products = [matrix(unbiased_mixing(values, rank, signs)) for signs in all_signs(len(values))]
+    products = [torch.from_numpy(unbiased_mixing(values, rank, signs)) for signs in all_signs(len(values))]
     mean = torch.stack([each @ each.t() for each in products]).mean(0)
     expected = torch.tensor(values, dtype=torch.float64).diag()
     assert products[0].shape == (len(values), rank)
@@ -46,7 +46,7 @@ def test_the_mean_over_all_signs_is_the_diagonal_itself(values: list[float], ran
 @given(values, st.integers(1, 8))
 def test_the_variance_over_all_signs_is_the_closed_form(values: list[float], rank: int) -> None:
     exact = torch.tensor(values, dtype=torch.float64).diag()
-    products = [matrix(unbiased_mixing(values, rank, signs)) for signs in all_signs(len(values))]
+    products = [torch.from_numpy(unbiased_mixing(values, rank, signs)) for signs in all_signs(len(values))]
     variance = torch.stack([(each @ each.t() - exact).square().sum() for each in products]).mean()
     assert math.isclose(float(variance), least_variance(values, rank), abs_tol=1e-4 * max(values) ** 2)
 
@@ -73,31 +73,31 @@ def test_rows_of_any_possible_norms_make_orthonormal_columns(count: int, columns
     some = torch.linalg.qr(torch.randn(count, columns, dtype=torch.float64, generator=generator))[0]
     squares = some.square().sum(1)
     for order in (squares, squares.sort(descending=True).values, squares.sort().values):
-        found = matrix(orthonormal_columns(order.tolist()))
+        found = rows_of(order.tolist())
         assert torch.allclose(found.t() @ found, torch.eye(columns, dtype=torch.float64), atol=1e-6)
         assert torch.allclose(found.square().sum(1), order, atol=1e-6)
 
 
 @pytest.mark.parametrize("squares", [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5, 0.0, 1.0], [0.75] * 4])
 def test_whole_and_empty_rows_are_possible(squares: list[float]) -> None:
-    found = matrix(orthonormal_columns(squares))
+    found = rows_of(squares)
     assert torch.allclose(found.t() @ found, torch.eye(round(sum(squares)), dtype=torch.float64))
     assert torch.allclose(found.square().sum(1), torch.tensor(squares, dtype=torch.float64))
 
 
 def test_as_many_values_as_columns_are_kept_as_they_are() -> None:
     for mixed in (unbiased_mixing([3.0, 1.0], 3, [-1, 1]), biased_mixing([3.0, 1.0], 3)):
-        found = matrix(mixed)
+        found = torch.from_numpy(mixed)
         assert torch.allclose(found @ found.t(), torch.tensor([3.0, 1.0], dtype=torch.float64).diag())
 
 
 def test_the_biased_mixture_keeps_the_largest() -> None:
-    found = matrix(biased_mixing([4.0, 3.0, 2.0], 2))
+    found = torch.from_numpy(biased_mixing([4.0, 3.0, 2.0], 2))
     assert torch.allclose(found @ found.t(), torch.tensor([4.0, 3.0, 0.0], dtype=torch.float64).diag())
 
 
 def test_rounding_errors_are_not_mixed_in() -> None:
-    found = matrix(unbiased_mixing([1.0, 0.5, 1e-8], 2, [1, 1, 1]))
+    found = torch.from_numpy(unbiased_mixing([1.0, 0.5, 1e-8], 2, [1, 1, 1]))
     assert torch.equal(found[2], torch.zeros(2, dtype=torch.float64))
 
 

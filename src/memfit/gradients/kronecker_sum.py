@@ -15,8 +15,7 @@ arXiv 2009.03887; Benzing et al., "Optimal Kronecker-Sum Approximation of Real T
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -99,7 +98,7 @@ class KroneckerSum(nn.Module):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype={dtype} is not possible: give torch.float32 or torch.float64.")
         self.rank, self.unbiased, self.bits, self.block, self.seed = rank, unbiased, bits, block, seed
-        self.dtype = dtype
+        self.dtype, self.shape = dtype, (rows, columns)
         self.draws = 0
         self._least = _LARGEST * torch.finfo(dtype).tiny  # of the largest element: what it is divided by is a number
         stored = torch.int16 if bits else dtype
@@ -107,12 +106,6 @@ class KroneckerSum(nn.Module):
         self.register_buffer("left", torch.zeros(rank, rows, dtype=stored, device=device))
         self.register_buffer("right", torch.zeros(rank, columns, dtype=stored, device=device))
         self.register_buffer("scales", torch.zeros(2, dtype=dtype, device=device) if bits else None)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix."""
-        left, right, *_ = self._stored()
-        return left.shape[1], right.shape[1]
 
     @property
     def takes_matrix(self) -> bool:
@@ -144,21 +137,36 @@ class KroneckerSum(nn.Module):
 
     def add_rows(self, left: Tensor, right: Tensor) -> bool:
         """Add ``left^T right``, for (b, rows) and (b, columns), as layers have them; see :meth:`add`."""
-        with _exactly(left.device.type):
-            left, right = left.to(self.dtype), right.to(self.dtype)
-            if self.takes_matrix and self.rank + len(left) >= min(self.shape):
-                return self.add_matrix(left.t() @ right)
-            if len(left) <= self.block:
-                return self._add_block(left, right)
-            blocks = zip(left.split(self.block), right.split(self.block), strict=True)
-            return min([self._add_block(*block) for block in blocks])
+        return self._exactly(self._add_rows, left, right)
 
-    @_without_warnings
     def add_matrix(self, matrix: Tensor) -> bool:
         """Add a whole matrix (rows, columns), for those who have one anyway; see :meth:`add`."""
-        with _exactly(matrix.device.type):
-            left, right, more = self._arrays(matrix.numel(), min(matrix.shape), matrix)
-            return self._keep(reduce_matrix(more + left.T @ right, self._mixing(min(more.shape))))
+        return self._exactly(self._add_matrix, matrix)
+
+    def _exactly(self, add: Callable[..., bool], *terms: Tensor) -> bool:
+        """Without a graph, and without autocast, which would round products."""
+        device, terms = (
+            terms[0].device.type,
+            tuple(each if each.dtype == self.dtype else each.to(self.dtype) for each in terms),
+        )
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
+            return add(*terms)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return add(*terms)
+
+    def _add_rows(self, left: Tensor, right: Tensor) -> bool:
+        if self.takes_matrix and self.rank + len(left) >= min(self.shape):
+            return self._add_matrix(left.t() @ right)
+        if len(left) <= self.block:
+            return self._add_block(left, right)
+        blocks = zip(left.split(self.block), right.split(self.block), strict=True)
+        return min([self._add_block(*block) for block in blocks])
+
+    @_without_warnings
+    def _add_matrix(self, matrix: Tensor) -> bool:
+        least = min(self.shape)
+        left, right, more = self._arrays(matrix.numel(), least, matrix)
+        return self._keep(reduce_matrix(more + left.T @ right, self._mixing(least)))
 
     @_without_warnings
     def _add_block(self, left: Tensor, right: Tensor) -> bool:
@@ -170,12 +178,11 @@ class KroneckerSum(nn.Module):
         return self._keep(reduce_product(lefts, rights, self._mixing(min(count, *self.shape))))
 
     def _arrays(self, numbers: int, count: int, *terms: Tensor) -> list[Any]:
-        """The factors and more, of :attr:`dtype`, as what is quicker: NumPy arrays, or tensors where it is much."""
-        held, same = self._stored(), [each if each.dtype == self.dtype else each.to(self.dtype) for each in terms]
+        """The factors and more, as what is quicker: NumPy arrays, or tensors where it is much."""
+        held = self._stored()
         if numbers > _SMALL or count > _FEW or not held[0].is_cpu:
-            return [*_rows(*held), *same]
-        plain = [each.detach() if each.requires_grad else each for each in same]
-        return [*_rows(*[each.numpy() for each in held]), *[each.numpy() for each in plain]]
+            return [*_rows(*held), *terms]
+        return [*_rows(*[each.numpy() for each in held]), *[each.detach().numpy() for each in terms]]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L (rows, r) and R (columns, r), of :attr:`dtype`."""
@@ -234,13 +241,3 @@ class KroneckerSum(nn.Module):
 def _rows(left: Any, right: Any, scales: Any = None) -> tuple[Any, Any]:
     """The numbers that what is stored stands for."""
     return (left, right) if scales is None else (left * scales[0], right * scales[1])
-
-
-@contextmanager
-def _exactly(device: str) -> Iterator[None]:
-    """Without a graph, and without autocast, which would round products."""
-    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
-        yield
-        return
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        yield

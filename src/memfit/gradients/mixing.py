@@ -21,6 +21,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.floating[Any]]
 
 # Singular values below this share of the largest are rounding errors of float32, and of products of float64. Mixed in,
 # each would bring noise of the square root of its share.
@@ -51,15 +57,16 @@ def least_variance(values: Sequence[float], rank: int) -> float:
     return sum(values[first:]) ** 2 / (rank - first) - sum(value**2 for value in values[first:])
 
 
-def biased_mixing(values: Sequence[float], rank: int) -> list[list[float]]:
-    """M (p x rank) that keeps the largest of p singular values, as rows."""
-    return [
-        [math.sqrt(value) if column == index else 0.0 for column in range(rank)] for index, value in enumerate(values)
-    ]
+def biased_mixing(values: Sequence[float], rank: int) -> Matrix:
+    """M (p x rank) that keeps the largest of p singular values."""
+    mixed = np.zeros((len(values), rank))
+    for index, value in enumerate(values[:rank]):
+        mixed[index, index] = math.sqrt(value)
+    return mixed
 
 
-def unbiased_mixing(values: Sequence[float], rank: int, signs: Sequence[int]) -> list[list[float]]:
-    """M (p x rank), as rows, with E[M M^T] = diag(values) over the signs, of the least variance.
+def unbiased_mixing(values: Sequence[float], rank: int, signs: Sequence[int]) -> Matrix:
+    """M (p x rank) with E[M M^T] = diag(values) over the signs, of the least variance.
 
     Args:
         values: p singular values, largest first.
@@ -73,46 +80,51 @@ def unbiased_mixing(values: Sequence[float], rank: int, signs: Sequence[int]) ->
     first = kept(values[:count], rank)
     tail = values[first:count]
     columns, total = rank - first, sum(tail)
+    lengths, which, directions = orthonormal_columns([value * columns / total for value in tail])
     length = math.sqrt(total / columns)
-    rows = biased_mixing(values[:first], rank)
-    before = [0.0] * first
-    for row, sign in zip(orthonormal_columns([value * columns / total for value in tail]), signs[first:], strict=False):
-        size = sign * length
-        rows.append(before + [size * x for x in row] + [0.0] * (columns - len(row)))
-    rows += [[0.0] * rank] * (len(values) - count)
-    return rows
+    sizes = [length * sign * each for sign, each in zip(signs[first:], lengths, strict=False)]
+    mixed = biased_mixing([*values[:first], *[0.0] * (len(values) - first)], rank)
+    mixed[first:count, first:] = np.array(directions)[which] * np.array(sizes)[:, None]
+    return mixed
 
 
-def orthonormal_columns(squares: Sequence[float]) -> list[list[float]]:
+def orthonormal_columns(squares: Sequence[float]) -> tuple[list[float], list[int], list[list[float]]]:
     """Rows of these squared norms that make a matrix with orthonormal columns.
 
     A chain of rotations: each takes what is left of the rows before it and either a row of zeros or the next unit
-    vector, which is orthogonal to it, and turns them until one of the two has the norm that is wanted.
+    vector, which is orthogonal to it, and turns them until one of the two has the norm that is wanted. What is left
+    keeps its direction until a unit vector comes in, so that there are few directions, and many rows along each.
 
     Args:
         squares: each from 0 to 1, the sum is the number of columns.
 
     Returns:
-        The rows, each up to its last number that is not zero.
+        Row i is ``lengths[i]`` times ``directions[which[i]]``.
     """
     columns = round(sum(squares))
-    rows: list[list[float]] = []
-    rest, square, used = [1.0], 1.0, 1
+    directions = [[1.0] + [0.0] * (columns - 1)]
+    lengths: list[float] = []
+    which: list[int] = []
+    rest, length, square, used = 0, 1.0, 1.0, 1  # what is left: its direction, and length; its squared norm
     for wanted in squares:
         if square < min(wanted, 1.0) and used < columns:
-            used += 1
             share = min((wanted - square) / (1 - square), 1.0)
             sine, cosine = math.sqrt(share), math.sqrt(1 - share)
-            rows.append([*[cosine * x for x in rest], sine])
-            rest = [*[-sine * x for x in rest], cosine]
-            square = max(square + 1 - wanted, 0.0)
+            row = [cosine * length * x for x in directions[rest]]
+            left = [-sine * length * x for x in directions[rest]]
+            row[used], left[used] = sine, cosine
+            directions += [row, left]
+            lengths.append(1.0)
+            rest = len(directions) - 1
+            which.append(rest - 1)
+            length, square, used = 1.0, max(square + 1 - wanted, 0.0), used + 1
         else:
             share = min(wanted / square, 1.0) if square > 0 else 0.0
-            sine, cosine = math.sqrt(1 - share), math.sqrt(share)
-            rows.append([cosine * x for x in rest])
-            rest = [sine * x for x in rest]
+            lengths.append(math.sqrt(share) * length)
+            which.append(rest)
+            length *= math.sqrt(1 - share)
             square = max(square - wanted, 0.0)
-    return rows
+    return lengths, which, directions
 
 
 def random_signs(seed: int, draw: int, count: int) -> list[int]:

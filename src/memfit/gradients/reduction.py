@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memfit.gradients.mixing import NEGLIGIBLE
+from memfit.gradients.mixing import NEGLIGIBLE, Matrix
 
-Mixing = Callable[[Sequence[float]], list[list[float]]]
-"""Of p singular values, largest first, makes M (p x r), as rows."""
+Mixing = Callable[[Sequence[float]], Matrix]
+"""Of p singular values, largest first, makes M (p x r)."""
 
 
 _NAN = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # what is said of it
@@ -47,7 +47,7 @@ def reduce_product(left: Any, right: Any, mixing: Mixing) -> tuple[Any, Any] | N
     numbers = values.tolist()
     if not math.isfinite(sum(numbers)):
         return None
-    mixed = np.array(mixing(numbers), dtype=values.dtype).T
+    mixed = mixing(numbers).astype(values.dtype).T
     return _as(mixed @ u.T, left) @ left_basis.T, _as(mixed @ v, right) @ right_basis.T
 
 
@@ -71,9 +71,9 @@ def reduce_matrix(matrix: Any, mixing: Mixing) -> tuple[Any, Any] | None:
         return None
     # Row i of basis^T matrix is s_i v_i^T; values that count as zero have no direction.
     count = sum(number > NEGLIGIBLE * numbers[0] for number in numbers)
-    rows = np.array(mixing(numbers))[:count]
+    mixed = mixing(numbers)[:count]
     directions = basis[:, : -count - 1 : -1]
-    left, right = directions @ rows, directions @ (rows / values[:count, None])
+    left, right = directions @ mixed, directions @ (mixed / values[:count, None])
     return _as(left.T, matrix), _as(right.T, matrix) @ matrix
 
 
