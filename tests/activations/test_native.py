@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import shutil
+import sys
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def test_without_a_compiler_the_conversion_is_refused_and_nothing_changed(monkey
 def test_without_ninja_the_extra_is_named(monkeypatch: Any) -> None:
     native.operator.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "ninja", None)
     with pytest.raises(MissingExtraError, match=r"memfit\[native\]"):
         memfit.convert_(nn.Sequential(nn.Conv2d(3, 4, 3)), GradientFilter(2, native=True))
 

@@ -163,7 +163,9 @@ def _gradients(
     cut: Plan = ctx.plan
     dx = dweight = dbias = None
     # Maps of patches are small: they are summed in the weight's precision.
-    means = pool(g, cut.outputs).to(weight.dtype)
+    means = pool(g, cut.outputs)
+    if means.dtype != weight.dtype:
+        means = means.to(weight.dtype)
     pixels = cut.pixels or counts(cut.outputs, means)
     if wanted[0]:
         if cut.reads is None:

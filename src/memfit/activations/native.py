@@ -6,6 +6,7 @@ what the time of small maps goes into; on large ones it reads and writes each ma
 
 from __future__ import annotations
 
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -29,8 +30,8 @@ def operator() -> ModuleType:
     """
     from torch.utils import cpp_extension  # takes its time, and is for those who need it
 
-    if shutil.which("ninja") is None:
-        require("ninja", extra="native")
+    if shutil.which("ninja") is None:  # as in an environment that is not activated
+        os.environ["PATH"] += os.pathsep + require("ninja", extra="native").BIN_DIR
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
         raise ConversionError(

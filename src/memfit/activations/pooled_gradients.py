@@ -37,7 +37,7 @@ def input_gradient(means: Tensor, weight: Tensor, shifts: Shifts, groups: int, s
         like = means.new_empty(1).expand(batch, inputs * groups, *patches)
         coarse = _backward(means, like, taps, shifts, groups, (True, False, False))[0]
     elif groups == 1:
-        coarse = (means.permute(0, 2, 3, 1) @ taps.view(channels, inputs)).permute(0, 3, 1, 2)
+        coarse = (_rows(means) @ taps.view(channels, inputs)).view(batch, *patches, inputs).permute(0, 3, 1, 2)
     elif channels == groups and inputs == 1:
         coarse = means * taps.view(channels, 1, 1)
     else:
@@ -74,6 +74,9 @@ def weight_gradient(
     if groups == 1:
         # On the way, the product scales for nothing.
         gradient = torch.addmm(sums.new_empty(1), _rows(sums).t(), _rows(pooled), beta=0, alpha=scale)
+        if weight.is_contiguous() and weight[0, 0].numel() > 1:
+            # Autograd would copy single numbers to their taps, which takes twice the time of a product.
+            return (gradient.view(-1, 1) @ gradient.new_ones(1, weight[0, 0].numel())).view(weight.shape)
     elif outputs == groups and inputs == 1:
         gradient = (sums * pooled).sum((0, 2, 3)) * scale
     else:
@@ -92,10 +95,12 @@ def _sum_taps(weight: Tensor, shifts: Shifts) -> Tensor:
         return weight
     if inputs == 1:
         return weight.sum((2, 3), keepdim=True)
+    # By products, which are twice as fast as sum.
     if weight.is_contiguous():
-        total = weight.view(-1, height * width) @ weight.new_ones(height * width)  # twice as fast as sum((2, 3))
+        total = weight.view(-1, height * width) @ weight.new_ones(height * width)
     else:
-        total = weight.permute(0, 2, 3, 1).reshape(outputs, height * width, inputs).sum(1)
+        taps = weight.permute(0, 2, 3, 1).reshape(outputs, height * width, inputs)
+        total = weight.new_ones(1, 1, height * width).expand(outputs, -1, -1) @ taps
     return total.view(outputs, inputs, 1, 1)
 
 
