@@ -21,7 +21,16 @@ struct Cut {
   // Pixels [begin, end) of a patch that belong to the map, counted in steps of `every`.
   int64_t begin(int64_t patch) const { return std::max<int64_t>(0, origin + patch * width); }
   int64_t end(int64_t patch) const {
-    return std::min((size + every - 1) / every, origin + (patch + 1) * width);
+    return std::min(pixels(), origin + (patch + 1) * width);
+  }
+  int64_t pixels() const { return (size + every - 1) / every; }
+  // Whether each patch is full, and each pixel of the axis in one.
+  bool is_even() const { return origin == 0 && patches * width == size && every == 1; }
+  // The patch that a pixel of the axis is in, or -1.
+  int64_t patch_of(int64_t pixel) const {
+    if (pixel % every != 0) return -1;
+    const int64_t inside = pixel / every - origin;
+    return inside < 0 || inside >= patches * width ? -1 : inside / width;
   }
 };
 
@@ -29,30 +38,86 @@ Cut cut_of(at::IntArrayRef numbers) {
   return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
 }
 
+// How many pixels are in a patch; 1 where there are none.
+int64_t pixels_of(int64_t top, int64_t bottom, int64_t left, int64_t right) {
+  return std::max<int64_t>(1, std::max<int64_t>(0, bottom - top) * std::max<int64_t>(0, right - left));
+}
+
 int64_t grain(int64_t numbers_per_item) {
   return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, numbers_per_item));
+}
+
+constexpr int64_t BLOCK = 64;  // channels whose sums stay in registers
+constexpr int64_t FEW = 16;    // channels fewer than which fill no register
+
+// The sum of pixels [top, bottom) x [left, right) of a map of channels-last lines, for up to BLOCK channels from c on.
+template <typename T>
+inline int64_t add_up(
+    const T* __restrict__ map, int64_t line, int64_t pixel, int64_t top, int64_t bottom, int64_t left, int64_t right,
+    int64_t c, int64_t channels, T* __restrict__ sums) {
+  const int64_t count = std::min(BLOCK, channels - c);
+  std::fill(sums, sums + BLOCK, T(0));
+  for (int64_t i = top; i < bottom; ++i) {
+    for (int64_t j = left; j < right; ++j) {
+      const T* __restrict__ from = map + i * line + j * pixel + c;
+      if (count == BLOCK) {
+        for (int64_t k = 0; k < BLOCK; ++k) sums[k] += from[k];
+      } else {
+        for (int64_t k = 0; k < count; ++k) sums[k] += from[k];
+      }
+    }
+  }
+  return count;
+}
+
+// The same for maps of few channels, with the channels last: whole lines are added first.
+template <typename T>
+void pool_few(const T* x, T* rows, int64_t batch, int64_t channels, const Cut& high, const Cut& wide) {
+  const int64_t numbers = wide.size * channels;
+  at::parallel_for(0, batch * high.patches, grain(high.width * numbers), [&](int64_t first, int64_t stop) {
+    std::vector<T> sums(numbers);
+    for (int64_t index = first; index < stop; ++index) {
+      const int64_t b = index / high.patches, q = index % high.patches;
+      const int64_t top = high.begin(q), bottom = high.end(q);
+      std::fill(sums.begin(), sums.end(), T(0));
+      for (int64_t i = top; i < bottom; ++i) {
+        const T* __restrict__ line = x + (b * high.size + i * high.every) * numbers;
+        T* __restrict__ into = sums.data();
+        for (int64_t k = 0; k < numbers; ++k) into[k] += line[k];
+      }
+      for (int64_t r = 0; r < wide.patches; ++r) {
+        const int64_t left = wide.begin(r), right = wide.end(r);
+        T* out = rows + (index * wide.patches + r) * channels;
+        std::fill(out, out + channels, T(0));
+        for (int64_t j = left; j < right; ++j) {
+          for (int64_t c = 0; c < channels; ++c) out[c] += sums[j * wide.every * channels + c];
+        }
+        const T scale = T(1) / T(pixels_of(top, bottom, left, right));
+        for (int64_t c = 0; c < channels; ++c) out[c] *= scale;
+      }
+    }
+  });
 }
 
 // The mean of each patch of x (B, C, H, W), as rows (B * patches, C); `last`: x has its channels last in memory.
 template <typename T>
 void pool_rows(const T* x, T* rows, int64_t batch, int64_t channels, const Cut& high, const Cut& wide, bool last) {
   const int64_t area = high.size * wide.size, patches = high.patches * wide.patches;
+  if (last && channels < FEW) return pool_few(x, rows, batch, channels, high, wide);
   if (last) {
+    const int64_t line = high.every * wide.size * channels, pixel = wide.every * channels;
     at::parallel_for(0, batch * patches, grain(area * channels / patches), [&](int64_t first, int64_t stop) {
+      T sums[BLOCK];
       for (int64_t index = first; index < stop; ++index) {
-        const int64_t b = index / patches, q = index % patches / wide.patches, r = index % wide.patches;
-        T* out = rows + index * channels;
-        std::fill(out, out + channels, T(0));
+        const int64_t q = index % patches / wide.patches, r = index % wide.patches;
         const int64_t top = high.begin(q), bottom = high.end(q), left = wide.begin(r), right = wide.end(r);
-        for (int64_t i = top; i < bottom; ++i) {
-          for (int64_t j = left; j < right; ++j) {
-            const T* pixel = x + ((b * high.size + i * high.every) * wide.size + j * wide.every) * channels;
-            for (int64_t c = 0; c < channels; ++c) out[c] += pixel[c];
-          }
+        const T scale = T(1) / T(pixels_of(top, bottom, left, right));
+        const T* map = x + index / patches * area * channels;
+        T* __restrict__ out = rows + index * channels;
+        for (int64_t c = 0; c < channels; c += BLOCK) {
+          const int64_t count = add_up(map, line, pixel, top, bottom, left, right, c, channels, sums);
+          for (int64_t k = 0; k < count; ++k) out[c + k] = sums[k] * scale;
         }
-        const int64_t pixels = std::max<int64_t>(0, bottom - top) * std::max<int64_t>(0, right - left);
-        const T scale = T(1) / T(std::max<int64_t>(1, pixels));
-        for (int64_t c = 0; c < channels; ++c) out[c] *= scale;
       }
     });
     return;
@@ -72,8 +137,7 @@ void pool_rows(const T* x, T* rows, int64_t batch, int64_t channels, const Cut& 
           const int64_t left = wide.begin(r), right = wide.end(r);
           T total = 0;
           for (int64_t j = left; j < right; ++j) total += sums[j * wide.every];
-          const int64_t pixels = std::max<int64_t>(0, bottom - top) * std::max<int64_t>(0, right - left);
-          rows[((b * high.patches + q) * wide.patches + r) * channels + c] = total / T(std::max<int64_t>(1, pixels));
+          rows[((b * high.patches + q) * wide.patches + r) * channels + c] = total / T(pixels_of(top, bottom, left, right));
         }
       }
     }
@@ -83,24 +147,26 @@ void pool_rows(const T* x, T* rows, int64_t batch, int64_t channels, const Cut& 
 // A map (B, C, H, W) that has its patch's number at each pixel, from rows (B * patches, C), and 0 elsewhere.
 template <typename T>
 void spread_rows(const T* rows, T* map, int64_t batch, int64_t channels, const Cut& high, const Cut& wide, bool last) {
-  const auto patch_of = [](const Cut& cut, int64_t pixel) -> int64_t {
-    if (pixel % cut.every != 0) return -1;
-    const int64_t inside = pixel / cut.every - cut.origin;
-    return inside < 0 || inside >= cut.patches * cut.width ? -1 : inside / cut.width;
-  };
   std::vector<int64_t> columns(wide.size);
-  for (int64_t j = 0; j < wide.size; ++j) columns[j] = patch_of(wide, j);
+  for (int64_t j = 0; j < wide.size; ++j) columns[j] = wide.patch_of(j);
   if (last) {
-    at::parallel_for(0, batch * high.size, grain(wide.size * channels), [&](int64_t first, int64_t stop) {
+    const int64_t numbers = wide.size * channels;
+    at::parallel_for(0, batch * high.size, grain(numbers), [&](int64_t first, int64_t stop) {
+      int64_t before = -1;  // the patches that the line above has
       for (int64_t line = first; line < stop; ++line) {
-        const int64_t b = line / high.size, q = patch_of(high, line % high.size);
-        T* out = map + line * wide.size * channels;
+        const int64_t b = line / high.size, q = high.patch_of(line % high.size), now = b * high.patches + q;
+        T* __restrict__ out = map + line * numbers;
+        if (q >= 0 && now == before) {
+          std::copy(out - numbers, out, out);
+          continue;
+        }
+        before = q >= 0 ? now : -1;
         for (int64_t j = 0; j < wide.size; ++j, out += channels) {
           if (q < 0 || columns[j] < 0) {
             std::fill(out, out + channels, T(0));
           } else {
-            const T* row = rows + ((b * high.patches + q) * wide.patches + columns[j]) * channels;
-            std::copy(row, row + channels, out);
+            const T* __restrict__ row = rows + (now * wide.patches + columns[j]) * channels;
+            for (int64_t c = 0; c < channels; ++c) out[c] = row[c];
           }
         }
       }
@@ -113,7 +179,7 @@ void spread_rows(const T* rows, T* map, int64_t batch, int64_t channels, const C
       const T* before = nullptr;  // the line above, where it has the same patches
       int64_t q_before = -2;
       for (int64_t i = 0; i < high.size; ++i) {
-        const int64_t q = patch_of(high, i);
+        const int64_t q = high.patch_of(i);
         T* out = map + (plane * high.size + i) * wide.size;
         if (q == q_before) {
           std::copy(before, before + wide.size, out);
@@ -148,8 +214,90 @@ Tensor rows_of(const Tensor& x, const Cut& high, const Cut& wide) {
 Tensor sum_of_taps(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1), taps = weight.size(2) * weight.size(3);
   if (taps == 1) return weight.reshape({outputs, inputs});
-  if (weight.is_contiguous()) return at::mv(weight.view({-1, taps}), at::ones({taps}, weight.options())).view({outputs, inputs});
-  return weight.permute({0, 2, 3, 1}).reshape({outputs, taps, inputs}).sum(1);
+  if (!has_channels_last(weight)) {
+    return at::mv(weight.contiguous().view({-1, taps}), at::ones({taps}, weight.options())).view({outputs, inputs});
+  }
+  Tensor total = at::empty({outputs, inputs}, weight.options());
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "memfit_sum_of_taps", [&] {
+    const scalar_t* from = weight.const_data_ptr<scalar_t>();
+    scalar_t* into = total.data_ptr<scalar_t>();
+    at::parallel_for(0, outputs, grain(taps * inputs), [&](int64_t first, int64_t stop) {
+      for (int64_t o = first; o < stop; ++o) {
+        scalar_t* __restrict__ out = into + o * inputs;
+        std::copy(from + o * taps * inputs, from + (o * taps + 1) * inputs, out);
+        for (int64_t t = 1; t < taps; ++t) {
+          const scalar_t* __restrict__ row = from + (o * taps + t) * inputs;
+          for (int64_t i = 0; i < inputs; ++i) out[i] += row[i];
+        }
+      }
+    });
+  });
+  return total;
+}
+
+// A gradient (O, I) at all taps of a kernel like `weight`, in its memory format, as autograd would copy it otherwise.
+Tensor at_all_taps(const Tensor& gradient, const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), taps = weight.size(2) * weight.size(3);
+  if (taps == 1) return gradient.view({outputs, inputs, 1, 1});
+  if (!has_channels_last(weight)) {
+    return at::mm(gradient.view({-1, 1}), at::ones({1, taps}, weight.options())).view(weight.sizes());
+  }
+  Tensor whole = at::empty_like(weight);
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "memfit_at_all_taps", [&] {
+    const scalar_t* from = gradient.const_data_ptr<scalar_t>();
+    scalar_t* into = whole.data_ptr<scalar_t>();
+    at::parallel_for(0, outputs, grain(taps * inputs), [&](int64_t first, int64_t stop) {
+      for (int64_t o = first; o < stop; ++o) {
+        for (int64_t t = 0; t < taps; ++t) {
+          std::copy(from + o * inputs, from + (o + 1) * inputs, into + (o * taps + t) * inputs);
+        }
+      }
+    });
+  });
+  return whole;
+}
+
+// A depthwise layer with the channels last, in one pass: g (B, Q.size, R.size, C) is read once, and dx written once.
+// `dx` may be null; so may `product`, to which the sum over patches of pixels, mean of g and mean of x is added.
+template <typename T>
+void depthwise_last(
+    const T* g, const T* pooled, const T* taps, T* dx, T* product, int64_t batch, int64_t channels, const Cut& high,
+    const Cut& wide, const Cut& g_high, const Cut& g_wide, T scale) {
+  const int64_t patches = g_high.patches * g_wide.patches;
+  const int64_t line = g_wide.size * channels, x_line = high.every * wide.size * channels, x_pixel = wide.every * channels;
+  const int64_t threads = at::get_num_threads();
+  std::vector<T> products(product == nullptr ? 0 : threads * channels, T(0));
+  at::parallel_for(0, batch * patches, grain(g_high.width * g_wide.width * channels), [&](int64_t first, int64_t stop) {
+    T* __restrict__ mine = product == nullptr ? nullptr : products.data() + at::get_thread_num() * channels;
+    T sums[BLOCK];
+    for (int64_t index = first; index < stop; ++index) {
+      const int64_t b = index / patches, q = index % patches / g_wide.patches, r = index % g_wide.patches;
+      const int64_t g_top = g_high.begin(q), g_bottom = g_high.end(q), g_left = g_wide.begin(r), g_right = g_wide.end(r);
+      const T factor = scale / T(pixels_of(g_top, g_bottom, g_left, g_right));
+      const T* map = g + b * g_high.size * line;
+      for (int64_t c = 0; c < channels; c += BLOCK) {
+        const int64_t count = add_up(map, line, channels, g_top, g_bottom, g_left, g_right, c, channels, sums);
+        if (mine != nullptr) {
+          const T* __restrict__ x = pooled + index * channels + c;
+          for (int64_t k = 0; k < count; ++k) mine[c + k] += sums[k] * x[k];
+        }
+        if (dx == nullptr) continue;
+        for (int64_t k = 0; k < count; ++k) sums[k] *= taps[c + k] * factor;
+        T* into = dx + b * high.size * wide.size * channels + c;
+        for (int64_t i = high.begin(q); i < high.end(q); ++i) {
+          for (int64_t j = wide.begin(r); j < wide.end(r); ++j) {
+            T* __restrict__ out = into + i * x_line + j * x_pixel;
+            if (count == BLOCK) {
+              for (int64_t k = 0; k < BLOCK; ++k) out[k] = sums[k];
+            } else {
+              for (int64_t k = 0; k < count; ++k) out[k] = sums[k];
+            }
+          }
+        }
+      }
+    }
+  });
+  for (size_t index = 0; index < products.size(); ++index) product[index % channels] += products[index];
 }
 
 Tensor pool(const Tensor& x, at::IntArrayRef rows, at::IntArrayRef columns) {
@@ -166,8 +314,24 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
   const int64_t batch = g.size(0), outputs = weight.size(0), inputs = weight.size(1) * groups;
   const int64_t patches = g_high.patches * g_wide.patches;
   const bool depthwise = groups == outputs && groups == inputs;
-  Tensor means = rows_of(g, g_high, g_wide);
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   std::optional<Tensor> dx, dweight, dbias;
+  if (wanted[0]) dx = at::empty({batch, inputs, high.size, wide.size}, g.options().memory_format(format));
+  if (depthwise && channels_last && has_channels_last(g) && !wanted[2]) {
+    const Tensor taps = wanted[0] ? sum_of_taps(weight) : Tensor();
+    const Tensor rows = wanted[1] ? pooled->permute({0, 2, 3, 1}).contiguous() : Tensor();
+    const Tensor product = wanted[1] ? at::zeros({outputs}, g.options()) : Tensor();
+    if (wanted[0] && !(high.is_even() && wide.is_even())) dx->zero_();
+    AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "memfit_depthwise", [&] {
+      depthwise_last<scalar_t>(
+          g.const_data_ptr<scalar_t>(), wanted[1] ? rows.const_data_ptr<scalar_t>() : nullptr,
+          wanted[0] ? taps.const_data_ptr<scalar_t>() : nullptr, wanted[0] ? dx->data_ptr<scalar_t>() : nullptr,
+          wanted[1] ? product.data_ptr<scalar_t>() : nullptr, batch, inputs, high, wide, g_high, g_wide, scale);
+    });
+    if (wanted[1]) dweight = at_all_taps(product.view({outputs, 1}), weight);
+    return {dx, dweight, dbias};
+  }
+  Tensor means = rows_of(g, g_high, g_wide);
   if (wanted[0]) {
     Tensor taps = sum_of_taps(weight), coarse;
     if (groups == 1) {
@@ -179,21 +343,24 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
       coarse = at::bmm(left, taps.view({groups, outputs / groups, -1})).transpose(0, 1).reshape({-1, inputs}).contiguous();
     }
     if (scale != 1) coarse.mul_(scale);
-    const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    dx = at::empty({batch, inputs, high.size, wide.size}, g.options().memory_format(format));
     AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "memfit_spread", [&] {
       spread_rows(
           coarse.const_data_ptr<scalar_t>(), dx->data_ptr<scalar_t>(), batch, inputs, high, wide, channels_last);
     });
   }
-  if (wanted[1] || wanted[2]) {  // from means to sums: patches at the border may have fewer pixels
+  // From means to sums: patches at the border may have fewer pixels.
+  const bool even = g_high.is_even() && g_wide.is_even();
+  const double pixels = even ? double(g_high.width * g_wide.width) : 1.0;
+  if ((wanted[1] || wanted[2]) && !even) {
     AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "memfit_sums", [&] {
-      scalar_t* row = means.data_ptr<scalar_t>();
-      for (int64_t index = 0; index < batch * patches; ++index, row += outputs) {
-        const int64_t q = index % patches / g_wide.patches, r = index % g_wide.patches;
-        const scalar_t pixels = (g_high.end(q) - g_high.begin(q)) * (g_wide.end(r) - g_wide.begin(r));
-        for (int64_t o = 0; o < outputs; ++o) row[o] *= pixels;
-      }
+      scalar_t* rows = means.data_ptr<scalar_t>();
+      at::parallel_for(0, batch * patches, grain(outputs), [&](int64_t first, int64_t stop) {
+        for (int64_t index = first; index < stop; ++index) {
+          const int64_t q = index % patches / g_wide.patches, r = index % g_wide.patches;
+          const scalar_t count = (g_high.end(q) - g_high.begin(q)) * (g_wide.end(r) - g_wide.begin(r));
+          for (int64_t o = 0; o < outputs; ++o) rows[index * outputs + o] *= count;
+        }
+      });
     });
   }
   if (wanted[1]) {
@@ -207,9 +374,10 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
       const Tensor left = means.view({-1, groups, outputs / groups}).permute({1, 2, 0});
       product = at::bmm(left, x.view({-1, groups, inputs / groups}).transpose(0, 1));
     }
-    dweight = product.reshape({outputs, weight.size(1), 1, 1}).expand_as(weight);
+    if (pixels != 1) product.mul_(pixels);
+    dweight = at_all_taps(product.reshape({outputs, weight.size(1)}), weight);
   }
-  if (wanted[2]) dbias = means.sum(0);
+  if (wanted[2]) dbias = means.sum(0).mul_(pixels);
   return {dx, dweight, dbias};
 }
 
