@@ -152,7 +152,8 @@ class _FilteredConvolution(torch.autograd.Function):
             dx, dweight, dbias = found
             if some is not None:
                 dweight = ctx.exact.add(dweight, some, g[ctx.first :: ctx.exact.every], kernel)
-        dx = None if dx is None else dx.view(ctx.x_shape)
+        if dx is not None and dx.shape != ctx.x_shape:
+            dx = dx.view(ctx.x_shape)
         return dx, dweight.squeeze(2) if row and dweight is not None else dweight, dbias, *(None,) * 7
 
 
@@ -163,18 +164,16 @@ def _gradients(
     cut: Plan = ctx.plan
     dx = dweight = dbias = None
     # Maps of patches are small: they are summed in the weight's precision.
-    means = pool(g, cut.outputs)
-    if means.dtype != weight.dtype:
-        means = means.to(weight.dtype)
+    means = _as(weight.dtype, pool(g, cut.outputs))
     pixels = cut.pixels or counts(cut.outputs, means)
     if wanted[0]:
         if cut.reads is None:
             coarse = input_gradient(means, weight, cut.shifts, ctx.groups, 1 / cut.spread_over)
         else:
             coarse = taps_apart.input_gradient(means, weight, cut.reads, ctx.groups) / counts(cut.inputs, means)
-        dx = spread(coarse.to(ctx.x_dtype), cut.inputs, ctx.channels_last)
+        dx = spread(_as(ctx.x_dtype, coarse), cut.inputs, ctx.channels_last)
     if wanted[1] and pooled is not None:
-        pooled = pooled.to(weight.dtype)
+        pooled = _as(weight.dtype, pooled)
         if cut.reads is None:
             dweight = weight_gradient(means, pooled, weight, cut.shifts, ctx.groups, pixels)
         else:
@@ -182,6 +181,10 @@ def _gradients(
     if wanted[2]:
         dbias = (means * pixels).sum((0, 2, 3))
     return dx, dweight, dbias
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a call less, of which small maps have too many
 
 
 def _as_maps(x: Tensor, axes: int) -> Tensor:

@@ -83,10 +83,7 @@ class _Pooling(NamedTuple):
 @lru_cache(maxsize=512)
 def _pooling(cuts: Cuts) -> _Pooling:
     is_inside = all(cut.is_inside for cut in cuts)
-    if is_inside:
-        wanted = [cut.in_patches for cut in cuts]
-    else:
-        wanted = [slice(0, cut.size, cut.every) for cut in cuts]
+    wanted = [cut.in_patches if is_inside else slice(0, cut.size, cut.every) for cut in cuts]
     is_all = all(each == slice(0, cut.size, 1) for each, cut in zip(wanted, cuts, strict=True))
     return _Pooling(
         None if is_all else (slice(None), slice(None), *wanted),

@@ -82,7 +82,8 @@ def weight_gradient(
     else:
         n, x = (_rows(each).view(-1, groups, each.shape[1] // groups) for each in (sums, pooled))
         gradient = torch.einsum("mgo,mgi->goi", n, x) * scale
-    return gradient.reshape(outputs, inputs, 1, 1).expand_as(weight)
+    gradient = gradient.view(outputs, inputs, 1, 1)
+    return gradient if gradient.shape == weight.shape else gradient.expand_as(weight)
 
 
 def _sum_taps(weight: Tensor, shifts: Shifts) -> Tensor:
