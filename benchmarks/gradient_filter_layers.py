@@ -6,7 +6,8 @@ the authors' public operator where its file is given, in turn in one process, a 
 channels first and with the channels last. Medians; of each, the better layout counts.
 
 The time of a filtered backward is all that backward does, through autograd, and the pooling of the input that forward
-does more. Forward is compared as a whole.
+does more. Forward is compared as a whole. The floor of any filtered backward is timed too: to read the input and the
+output's gradient once, and to write the input's gradient once.
 
 Goals: faster than exact on every layer from patches of 2 on, on depthwise layers at least 2 times; 10 times in
 geometric mean on dense 3 x 3 layers with patches of 4; against the authors' operator, backward 2 times faster in
@@ -156,6 +157,7 @@ def variants(layer: Layer, batch: int, peer: Any) -> Iterator[tuple[tuple[str, i
     for layout, memory_format in LAYOUTS.items():
         x = x.detach().contiguous(memory_format=memory_format).requires_grad_(layer.inner)
         g = g.contiguous(memory_format=memory_format)
+        yield ("floor", 0, layout), Variant(lambda: None, floor(x, g, layer.inner), None)
         for method, patch in [("exact", 0), *((m, p) for p in PATCHES for m in METHODS)]:
             module: nn.Module = layer.make()
             module.load_state_dict(exact.state_dict())
@@ -166,6 +168,19 @@ def variants(layer: Layer, batch: int, peer: Any) -> Iterator[tuple[tuple[str, i
                     continue
                 module = peer.wrap_conv_layer(module, patch, True)
             yield (method, patch, layout), variant(module.to(memory_format=memory_format), x, g)
+
+
+def floor(x: Tensor, g: Tensor, inner: bool) -> Callable[[], None]:
+    """What no filtered backward can do without."""
+    x, g = x.detach(), g.detach()
+
+    def call() -> None:
+        x.sum()
+        g.sum()
+        if inner:
+            torch.empty_like(x).fill_(1.0)
+
+    return call
 
 
 def block(call: Callable[[], object]) -> list[float]:
@@ -205,6 +220,7 @@ def measure(layer: Layer, batch: int, rounds: int, peer: Any) -> dict[str, Any]:
         "batch": batch,
         "exact_backward_ms": best("exact", 0, "backward"),
         "exact_forward_ms": best("exact", 0, "forward"),
+        "floor_ms": best("floor", 0, "backward"),
         "patches": {},
         "by_layout_ms": {"/".join(map(str, key)): parts for key, parts in median.items()},
     }
@@ -239,12 +255,14 @@ def summary(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
             "1x1": speedups(lambda layer: layer["kernel"] == 1),
             "depthwise": speedups(lambda layer: layer["groups"] > 1),
         }
+        floors = [row["exact_backward_ms"] / row["floor_ms"] for row, entry in entries if entry["speedup"] < 1]
         slowest, entry = min(entries, key=lambda each: each[1]["speedup"])
         out[patch] = {
             "rows": len(entries),
             "speedup": {kind: geometric_mean(seen) for kind, seen in kinds.items()},
             "least": {kind: min(seen, default=math.nan) for kind, seen in kinds.items()},
             "slower_than_exact": sum(entry["speedup"] < 1 for _, entry in entries),
+            "floor_of_these": {"mean": geometric_mean(floors), "most": max(floors, default=math.nan)},
             "depthwise_below_2": [sum(each < 2 for each in kinds["depthwise"]), len(kinds["depthwise"])],
             "slowest": [slowest["title"], slowest["batch"], slowest["threads"], entry["speedup"]],
         }

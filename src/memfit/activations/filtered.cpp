@@ -47,8 +47,8 @@ int64_t grain(int64_t numbers_per_item) {
   return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, numbers_per_item));
 }
 
-constexpr int64_t BLOCK = 64;  // channels whose sums stay in registers
-constexpr int64_t FEW = 16;    // channels fewer than which fill no register
+constexpr int64_t BLOCK = 512;  // channels whose sums stay in the first cache
+constexpr int64_t FEW = 16;     // channels fewer than which fill no register
 
 // The sum of pixels [top, bottom) x [left, right) of a map of channels-last lines, for up to BLOCK channels from c on.
 template <typename T>
@@ -56,15 +56,11 @@ inline int64_t add_up(
     const T* __restrict__ map, int64_t line, int64_t pixel, int64_t top, int64_t bottom, int64_t left, int64_t right,
     int64_t c, int64_t channels, T* __restrict__ sums) {
   const int64_t count = std::min(BLOCK, channels - c);
-  std::fill(sums, sums + BLOCK, T(0));
+  std::fill(sums, sums + count, T(0));
   for (int64_t i = top; i < bottom; ++i) {
     for (int64_t j = left; j < right; ++j) {
       const T* __restrict__ from = map + i * line + j * pixel + c;
-      if (count == BLOCK) {
-        for (int64_t k = 0; k < BLOCK; ++k) sums[k] += from[k];
-      } else {
-        for (int64_t k = 0; k < count; ++k) sums[k] += from[k];
-      }
+      for (int64_t k = 0; k < count; ++k) sums[k] += from[k];
     }
   }
   return count;
@@ -265,10 +261,10 @@ void depthwise_last(
     const Cut& wide, const Cut& g_high, const Cut& g_wide, T scale) {
   const int64_t patches = g_high.patches * g_wide.patches;
   const int64_t line = g_wide.size * channels, x_line = high.every * wide.size * channels, x_pixel = wide.every * channels;
-  const int64_t threads = at::get_num_threads();
-  std::vector<T> products(product == nullptr ? 0 : threads * channels, T(0));
+  const int64_t threads = at::get_num_threads(), apart = channels + 32;  // no line of a cache is for two threads
+  std::vector<T> products(product == nullptr ? 0 : threads * apart, T(0));
   at::parallel_for(0, batch * patches, grain(g_high.width * g_wide.width * channels), [&](int64_t first, int64_t stop) {
-    T* __restrict__ mine = product == nullptr ? nullptr : products.data() + at::get_thread_num() * channels;
+    T* __restrict__ mine = product == nullptr ? nullptr : products.data() + at::get_thread_num() * apart;
     T sums[BLOCK];
     for (int64_t index = first; index < stop; ++index) {
       const int64_t b = index / patches, q = index % patches / g_wide.patches, r = index % g_wide.patches;
@@ -287,17 +283,15 @@ void depthwise_last(
         for (int64_t i = high.begin(q); i < high.end(q); ++i) {
           for (int64_t j = wide.begin(r); j < wide.end(r); ++j) {
             T* __restrict__ out = into + i * x_line + j * x_pixel;
-            if (count == BLOCK) {
-              for (int64_t k = 0; k < BLOCK; ++k) out[k] = sums[k];
-            } else {
-              for (int64_t k = 0; k < count; ++k) out[k] = sums[k];
-            }
+            for (int64_t k = 0; k < count; ++k) out[k] = sums[k];
           }
         }
       }
     }
   });
-  for (size_t index = 0; index < products.size(); ++index) product[index % channels] += products[index];
+  for (int64_t thread = 0; product != nullptr && thread < threads; ++thread) {
+    for (int64_t c = 0; c < channels; ++c) product[c] += products[thread * apart + c];
+  }
 }
 
 Tensor pool(const Tensor& x, at::IntArrayRef rows, at::IntArrayRef columns) {

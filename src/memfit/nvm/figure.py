@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -68,7 +69,8 @@ def draw(results: Sequence[SchemeResult]) -> str:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(schemes), frameon=False)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+    # Of a path's points two decimals are more than a screen shows, and a third of the file.
+    return re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), file.getvalue())
 
 
 def _draw_world(accuracy: Axes, writes: Axes, results: Sequence[SchemeResult]) -> None:
