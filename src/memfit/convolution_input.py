@@ -1,4 +1,7 @@
-"""What a convolution does to its input before torch's operator: see to its axes, and pad as the operator does not."""
+"""What a convolution does to its input before torch's operator: see to its axes, and pad as the operator does not.
+
+And what the operator reads of it: the patch at each pixel of the output.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +55,35 @@ def padded_input(layer: _ConvNd, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return x, layer.padding
     extra = [n for before, after in zip(sides[::2], sides[1::2], strict=True) for n in (0, after - before)]
     return (frozen_pad(x, extra, "constant") if any(extra) else x), tuple(sides[-2::-2])
+
+
+def windows(
+    x: Tensor,
+    kernel: Sequence[int],
+    output: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The patch of x that each pixel of the output reads: a view of x, or of a copy that is padded with zeros.
+
+    Args:
+        x: (B, C, H, W).
+        kernel: its height and width.
+        output: height and width of the output.
+        stride, padding, dilation: of H and W.
+
+    Returns:
+        (B, H', W', C, kernel's height, kernel's width).
+    """
+    down, across = padding
+    padded = F.pad(x, (across, across, down, down)) if down or across else x
+    item, channel, row, pixel = padded.stride()
+    return padded.as_strided(
+        (len(x), *output, x.shape[1], *kernel),
+        (item, row * stride[0], pixel * stride[1], channel, row * dilation[0], pixel * dilation[1]),
+        padded.storage_offset(),
+    )
 
 
 class _Pad(torch.autograd.Function):

@@ -14,8 +14,10 @@ from memfit.activations.filtered_convolution import ExactImages, filtered_convol
 from memfit.activations.native import operator
 from memfit.activations.plan import Window
 from memfit.convert import ConvertedLayer, Technique
-from memfit.convolution_input import padded_input
+from memfit.convolution_input import padded_input, windows
 from memfit.errors import ConversionError
+
+_FEW_PIXELS = 400  # up to so many, of all images, a product of matrices is faster than torch's weight gradient
 
 
 class _FilteredConv(ConvertedLayer, _ConvNd):
@@ -91,6 +93,15 @@ class _FilteredConv(ConvertedLayer, _ConvNd):
         if len(self.kernel_size) == 1:
             x, g = x.squeeze(2), g.squeeze(2)
         x, padding = padded_input(self, x)
+        pixels = g.numel() // max(1, g.shape[1])
+        if x.is_cpu and x.dim() == 4 and self.groups == 1 and 0 < pixels <= _FEW_PIXELS:
+            read = windows(x, kernel.shape[2:], g.shape[2:], self.stride, padding, self.dilation)
+            last = not kernel.is_contiguous()  # the channels: the gradient is laid out as the kernel is
+            patches = (read.permute(0, 1, 2, 4, 5, 3) if last else read).reshape(pixels, -1)
+            product = g.permute(0, 2, 3, 1).reshape(pixels, -1).t() @ patches
+            if last:
+                return product.view(len(kernel), *kernel.shape[2:], -1).permute(0, 3, 1, 2)
+            return product.view(kernel.shape)
         like = g.new_empty(1).expand(self.weight.shape)
         by = (self.stride, padding, self.dilation, False, (0,) * len(padding), self.groups)
         mask = (False, True, False)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memfit.convolution_input import windows
 from memfit.gradients.convolution import Geometry
 from memfit.gradients.kronecker_sum import KroneckerSum
 from memfit.weights.quantize import quantize
@@ -67,23 +68,15 @@ class Convolution(NamedTuple):
 
     def _terms(self, d: Tensor, x: Tensor, kernel: tuple[int, int], block: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(b, C_out) and (b, C_in taps) for up to ``block`` pixels at a time, all of one image."""
-        down, across = self.by.padding
-        padded = F.pad(x, (across, across, down, down)) if down or across else x
-        item, channel, row, pixel = padded.stride()
-        (step_down, step_across), (apart_down, apart_across) = self.by.stride, self.by.dilation
         batch, _, height, width = d.shape
-        windows = padded.as_strided(
-            (batch, height, width, padded.shape[1], *kernel),
-            (item, row * step_down, pixel * step_across, channel, row * apart_down, pixel * apart_across),
-            padded.storage_offset(),
-        )
+        read = windows(x, kernel, (height, width), self.by.stride, self.by.padding, self.by.dilation)
         pixels = d.permute(0, 2, 3, 1)
         columns, rows = min(width, block), max(1, block // width)
         for image in range(batch):
             for y in range(0, height, rows):
                 for x0 in range(0, width, columns):
                     part = (image, slice(y, y + rows), slice(x0, x0 + columns))
-                    yield pixels[part].flatten(0, 1), windows[part].flatten(0, 1).flatten(1)
+                    yield pixels[part].flatten(0, 1), read[part].flatten(0, 1).flatten(1)
 
 
 def streaming(
