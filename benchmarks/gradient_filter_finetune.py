@@ -48,8 +48,6 @@ METHODS: dict[str, memfit.GradientFilter | None] = {
     "2": memfit.GradientFilter(2),
     "4": memfit.GradientFilter(4),
     "7": memfit.GradientFilter(7),
-    "2, exact every 2": memfit.GradientFilter(2, exact_every=2),
-    "2, exact every 4": memfit.GradientFilter(2, exact_every=4),
     "2 apart": memfit.GradientFilter(2, taps="apart"),
     "2 apart, exact every 4": memfit.GradientFilter(2, taps="apart", exact_every=4),
     "2 apart, exact every 1": memfit.GradientFilter(2, taps="apart", exact_every=1),
