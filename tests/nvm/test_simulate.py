@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from memfit.cli.app import app
-from memfit.errors import CheckpointError, MemfitError, MissingExtraError
+from memfit.errors import CheckpointError, DataError, MemfitError, MissingExtraError
 from memfit.nvm import devices
 from memfit.nvm import simulate as module
 from memfit.nvm.page import joules, lifetime
@@ -227,6 +229,24 @@ def halves() -> list[tuple[torch.Tensor, float]]:
     return [(torch.zeros(4), 0.5)] * 200
 
 
+def words() -> list[tuple[torch.Tensor, Any]]:
+    return [(torch.zeros(4), "seven")] * 200
+
+
+MODEL = nn.Linear(4, 2)
+_ONE_ITERATOR = iter([(torch.zeros(4), 0)] * 600)
+
+
+def same_iterator() -> Iterator[tuple[torch.Tensor, int]]:
+    return _ONE_ITERATOR
+
+
+def test_a_stream_that_goes_on_where_it_was_is_refused(tmp_path):
+    chosen = NvmConfig(model=f"{HERE}:own_model", stream=f"{HERE}:same_iterator", samples=100, worlds=("control",))
+    with pytest.raises(DataError, match="returns the same iterator again"):
+        simulate(chosen, tmp_path / "out")
+
+
 def without_end() -> list[tuple[torch.Tensor, float]]:
     return [(torch.zeros(4), float("inf"))] * 200
 
@@ -258,6 +278,8 @@ def nan_later() -> list[tuple[torch.Tensor, int]]:
         ("own_model", "third_class_later", "2 is no label"),
         ("own_model", "other_shape_later", r"shape \(5,\) follows samples of shape \(4,\)"),
         ("own_model", "nan_later", "sample 151 of the stream is not finite"),
+        ("own_model", "words", "'seven' is no label: labels are whole numbers from 0, not words"),
+        ("MODEL", "own_stream", "MODEL is a model, not a function that returns one"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_and_leaves_the_folder_to_the_next_run(tmp_path, model, stream, words):
@@ -305,7 +327,7 @@ def another_stream() -> list[tuple[torch.Tensor, int]]:
 def test_another_stream_is_another_run(tmp_path):
     chosen = {"model": f"{HERE}:own_model", "worlds": ("control",), "schemes": ("bias",)}
     simulate(NvmConfig(stream=f"{HERE}:own_stream", samples=100, **chosen), tmp_path)
-    with pytest.raises(CheckpointError, match="first_samples_sha256"):
+    with pytest.raises(CheckpointError, match="other first samples: "):
         simulate(NvmConfig(stream=f"{HERE}:another_stream", samples=200, **chosen), tmp_path, resume=True)
 
 

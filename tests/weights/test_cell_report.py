@@ -61,6 +61,8 @@ def test_every_preset_has_a_source_and_a_name_that_finds_it():
 def test_impossible_figures_are_refused():
     with pytest.raises(ValueError, match="endurance"):
         Technology("worn", endurance=0, source="this test")
+    with pytest.raises(ValueError, match="endurance='1e6' of text is not possible"):
+        Technology("text", endurance="1e6", source="this test")  # type: ignore[arg-type]
     found = report([CellArray(torch.zeros(3))], MADE_UP)
     with pytest.raises(ValueError, match="positive"):
         found.lifetime_seconds(0, 1.0)

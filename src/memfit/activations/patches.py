@@ -108,7 +108,7 @@ def pool(x: Tensor, cuts: Cuts) -> Tensor:
     part, width = x if way.part is None else x[way.part], way.width
     if way.is_inside and width == (1, 1):
         return x if way.part is None else part.clone()  # of a view the whole map would be kept
-    if way.is_whole and 1 < x.shape[1] <= _FEW_CHANNELS and x.stride(1) == 1 and x.is_cpu:
+    if way.is_whole and _has_few_channels_last(x):
         return _add_up(_add_up(part, 2, width[0]), 3, width[1]).mul_(1 / (width[0] * width[1]))
     if min(width) < _POOLS_AS_FAST_FROM:
         part = part.contiguous(memory_format=torch.channels_last)
@@ -116,6 +116,11 @@ def pool(x: Tensor, cuts: Cuts) -> Tensor:
         return F.avg_pool2d(part, width, width, ceil_mode=True, count_include_pad=False)
     sums = F.avg_pool2d(F.pad(part, way.sides), width, width, divisor_override=1)
     return sums / counts(cuts, sums).clamp(min=1)
+
+
+def _has_few_channels_last(x: Tensor) -> bool:
+    # In half precision the sums of a patch would be rounded, which torch's pooling does not do.
+    return 1 < x.shape[1] <= _FEW_CHANNELS and x.stride(1) == 1 and x.is_cpu and x.element_size() >= 4
 
 
 def _add_up(x: Tensor, axis: int, width: int) -> Tensor:

@@ -111,6 +111,8 @@ def load_function(text: str, *given: str) -> Callable[..., Any]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise MemfitError(f"{module_name} has no function {function_name!r}.")
+    if isinstance(function, nn.Module):  # which can be called, too
+        raise MemfitError(f"{text} is a model, not a function that returns one: write a function, and name that.")
     signature = _signature(function)
     try:
         if signature is not None:

@@ -167,7 +167,10 @@ def _check_sample(target: str | None, model: nn.Module, stream: Stream, inputs: 
         logits = model(inputs[:1])
     except (RuntimeError, ValueError, TypeError, IndexError) as problem:
         first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise MemfitError(f"the model of {target} can't take a sample of shape {shape}: {first}") from problem
+        raise MemfitError(
+            f"the model of {target} can't take a sample of shape {shape}, of which the first 1 is the batch axis, put "
+            f"before what the stream gives: {first}"
+        ) from problem
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1:
         raise MemfitError(
             f"the model of {target} must take a sample of shape {shape} to logits (1, classes), not to "

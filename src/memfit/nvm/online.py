@@ -22,7 +22,7 @@ from memfit.run.state import compare_settings
 
 EVERY = 2_000  # samples between checkpoints
 MEMORY = 0.999  # of the moving average of accuracy
-_RECENT = 1_000
+RECENT = 1_000
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class _Run:
 
     @property
     def recent_accuracy(self) -> float:
-        recent = self.correct[-_RECENT:]
+        recent = self.correct[-RECENT:]
         return sum(recent) / len(recent)
 
     def record(self) -> OnlineRecord:
@@ -177,8 +177,8 @@ class _Run:
         done = len(tree["correct"])
         if done > samples or (done < samples and done % CHUNK):
             raise CheckpointError(
-                f"{self.path}: the run has seen {done:,} samples, from which it cannot go on to {samples:,}: "
-                f"give {done:,}, or another --out."
+                f"{self.path}: the run has seen {done:,} samples, from which it cannot go on to {samples:,}, as a run "
+                f"goes on from a multiple of {CHUNK}: give {done:,}, or another --out."
             )
         self.learner.load_state(tree["learner"])
         self.correct, self.worst = tree["correct"].tolist(), tree["worst"].tolist()

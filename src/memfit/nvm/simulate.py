@@ -15,6 +15,7 @@ from memfit.nvm.config import NvmConfig
 from memfit.nvm.data import Images, load_images
 from memfit.nvm.devices import ONLINE, check_model, one_thread, run_at_once, run_device, streams_of
 from memfit.nvm.figure import check_can_draw, draw
+from memfit.nvm.online import RECENT
 from memfit.nvm.page import render
 from memfit.nvm.pretrain import pretrain
 from memfit.nvm.run_report import NvmReport, SchemeResult
@@ -101,7 +102,7 @@ def simulate(
                         settings,
                         resume or jobs > 1,  # what has run at once is there
                         lambda done, right, worst: meter.show(
-                            done, f"{right:.1%} of the last 1,000 right, worst cell {worst:,} writes"
+                            done, f"{right:.1%} of the last {min(done, RECENT):,} right, worst cell {worst:,} writes"
                         ),
                     )
                 )

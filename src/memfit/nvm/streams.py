@@ -34,6 +34,7 @@ class UserStream:
 
     def __init__(self, make: Callable[[], Iterable[Sample]], name: str) -> None:
         self._make, self._name = make, name
+        self._made: Iterable[Sample] | None = None
         self._iterator: Iterator[Sample] | None = None
         self._next = 0
         self._expected: tuple[tuple[int, ...], int] | None = None
@@ -52,12 +53,21 @@ class UserStream:
             made = self._make()
             if not isinstance(made, Iterable):
                 raise DataError(f"{self._name} must return an iterable of (input, label), not {type(made).__name__}.")
+            if isinstance(made, Iterator) and made is self._made:
+                raise DataError(
+                    f"{self._name} returns the same iterator again, which goes on where it was: make a new one at "
+                    "every call, as all devices are to see the same samples."
+                )
+            self._made = made
             self._iterator = itertools.islice(made, number * CHUNK, None)
         self._next = number + 1
         samples = list(itertools.islice(self._iterator, CHUNK))
         for sample in samples:
             if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], Tensor)):
                 raise DataError(f"{self._name} must give pairs of a tensor and a label, not {type(sample).__name__}.")
+        words = [sample[1] for sample in samples if isinstance(sample[1], str)]
+        if words:
+            raise DataError(f"{self._name}: {words[0]!r} is no label: labels are whole numbers from 0, not words.")
         try:
             inputs = torch.stack([sample[0] for sample in samples]) if samples else torch.empty(0)
             numbers = [float(sample[1]) for sample in samples]

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from memfit.errors import CheckpointError
 
+_DIGEST = "_sha256"  # so ends the name of a setting that tells nobody anything but whether it is the same
+
 
 def pack(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
     """What training changes, by reference, and what tells whether it fits another model, optimizer and scheduler."""
@@ -40,7 +42,9 @@ def compare_settings(saved: Mapping[str, Any] | None, current: Mapping[str, Any]
     differing = []
     for key in dict.fromkeys([*then, *now]):
         texts = [json.dumps(values[key], sort_keys=True) if key in values else "not given" for values in (then, now)]
-        if texts[0] != texts[1]:
+        if texts[0] != texts[1] and key.endswith(_DIGEST):
+            differing.append(f"other {key.removesuffix(_DIGEST).replace('_', ' ')}")
+        elif texts[0] != texts[1]:
             differing.append(f"{key} was {texts[0]} and is {texts[1]}")
     if differing:
         raise CheckpointError(

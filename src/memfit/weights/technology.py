@@ -36,8 +36,8 @@ class Technology:
     def __post_init__(self) -> None:
         for name in ("endurance", "read_picojoules", "write_picojoules"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} of {self.title} is not possible: give a positive number.")
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"{name}={value!r} of {self.title} is not possible: give a positive number.")
 
 
 TECHNOLOGIES: dict[str, Technology] = {
