@@ -148,7 +148,7 @@ def test_streams_of_the_users_own_give_the_same_samples_from_any_chunk():
         (lambda: 3, "iterable"),
         (lambda: [torch.zeros(2)], "pairs"),
         (lambda: [(torch.zeros(2), 0), (torch.zeros(3), 0)], "put together"),
-        (lambda: [(torch.zeros(2), "cat")], "put together"),
+        (lambda: [(torch.zeros(2), "cat")], "is no label: labels are whole numbers from 0, not words"),
     ],
 )
 def test_a_stream_that_gives_something_else_is_refused(make, words):
