@@ -61,8 +61,8 @@ def weight_gradient(
         pixels: of the output in each patch: one number, or (Q, R).
 
     Returns:
-        Shaped as ``weight``; where all taps get the same, expanded to them. Autograd lays it out when it makes, or adds
-        to, the parameter's ``grad``.
+        Shaped as ``weight``; where all taps get the same, it may be expanded to them: autograd lays it out when it
+        makes, or adds to, the parameter's ``grad``.
     """
     outputs, inputs = weight.shape[:2]
     scale = 1 if isinstance(pixels, Tensor) else pixels
@@ -74,15 +74,16 @@ def weight_gradient(
     if groups == 1:
         # On the way, the product scales for nothing.
         gradient = torch.addmm(sums.new_empty(1), _rows(sums).t(), _rows(pooled), beta=0, alpha=scale)
-        if weight.is_contiguous() and weight[0, 0].numel() > 1:
+        count = weight.shape[2:].numel()
+        if count > 1 and weight.is_contiguous():
             # Autograd would copy single numbers to their taps, which takes twice the time of a product.
-            return (gradient.view(-1, 1) @ gradient.new_ones(1, weight[0, 0].numel())).view(weight.shape)
+            return (gradient.view(-1, 1) @ gradient.new_ones(1, count)).view(weight.shape)
     elif outputs == groups and inputs == 1:
         gradient = (sums * pooled).sum((0, 2, 3)) * scale
     else:
         n, x = (_rows(each).view(-1, groups, each.shape[1] // groups) for each in (sums, pooled))
         gradient = torch.einsum("mgo,mgi->goi", n, x) * scale
-    gradient = gradient.view(outputs, inputs, 1, 1)
+    gradient = gradient.reshape(outputs, inputs, 1, 1)
     return gradient if gradient.shape == weight.shape else gradient.expand_as(weight)
 
 

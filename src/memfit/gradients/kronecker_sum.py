@@ -145,10 +145,8 @@ class KroneckerSum(nn.Module):
 
     def _exactly(self, add: Callable[..., bool], *terms: Tensor) -> bool:
         """Without a graph, and without autocast, which would round products."""
-        device, terms = (
-            terms[0].device.type,
-            tuple(each if each.dtype == self.dtype else each.to(self.dtype) for each in terms),
-        )
+        device = terms[0].device.type
+        terms = tuple(each if each.dtype == self.dtype else each.to(self.dtype) for each in terms)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
             return add(*terms)
         with torch.no_grad(), torch.autocast(device, enabled=False):

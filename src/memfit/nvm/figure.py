@@ -69,7 +69,7 @@ def draw(results: Sequence[SchemeResult]) -> str:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(schemes), frameon=False)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
-    # Of a path's points two decimals are more than a screen shows, and a third of the file.
+    # Of a path's points two decimals are more than a screen shows, and a quarter of the file.
     return re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), file.getvalue())
 
 

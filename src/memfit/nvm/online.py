@@ -176,9 +176,10 @@ class _Run:
         compare_settings(tree["settings"], self.settings, self.path)
         done = len(tree["correct"])
         if done > samples or (done < samples and done % CHUNK):
+            why = "" if done > samples else f", as a run goes on from a multiple of {CHUNK}"
             raise CheckpointError(
-                f"{self.path}: the run has seen {done:,} samples, from which it cannot go on to {samples:,}, as a run "
-                f"goes on from a multiple of {CHUNK}: give {done:,}, or another --out."
+                f"{self.path}: the run has seen {done:,} samples, from which it cannot go on to {samples:,}{why}: "
+                f"give {done:,}, or another --out."
             )
         self.learner.load_state(tree["learner"])
         self.correct, self.worst = tree["correct"].tolist(), tree["worst"].tolist()

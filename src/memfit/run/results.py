@@ -10,6 +10,7 @@ from typing import TypeVar
 from memfit.errors import CheckpointError, DataError, MemfitError
 from memfit.files import atomic_write, check_writable
 from memfit.run.report import JSON, TaskReport, damaged
+from memfit.run.state import differing_settings
 
 R = TypeVar("R", bound=TaskReport)
 
@@ -52,9 +53,9 @@ def finished_report(folder: Path, settings: Mapping[str, JSON], kind: type[R]) -
     except UnicodeDecodeError as error:
         raise damaged(kind, str(path)) from error
     report = kind.from_json(text, str(path))
-    different = [name for name, value in settings.items() if report.config.get(name, value) != value]
-    if different:
-        listed = ", ".join(f"{name} was {report.config[name]} and is now {settings[name]}" for name in different)
+    known = {name: value for name, value in settings.items() if name in report.config}
+    listed = differing_settings({name: report.config[name] for name in known}, known)
+    if listed:
         raise CheckpointError(f"{path}: the run was made with other settings ({listed}): give those, or another --out.")
     return report
 

@@ -38,7 +38,17 @@ def compare_settings(saved: Mapping[str, Any] | None, current: Mapping[str, Any]
     Raises:
         CheckpointError: names each setting that differs, and both its values.
     """
-    then, now = saved or {}, json.loads(json.dumps(current or {}))
+    listed = differing_settings(saved or {}, current or {})
+    if listed:
+        raise CheckpointError(
+            f"{path}: the checkpoint was made with other settings: {listed}: "
+            "resume with the same settings, or start anew without resuming."
+        )
+
+
+def differing_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """The settings that differ, in words; none, where all are the same."""
+    then, now = saved, json.loads(json.dumps(current))
     differing = []
     for key in dict.fromkeys([*then, *now]):
         texts = [json.dumps(values[key], sort_keys=True) if key in values else "not given" for values in (then, now)]
@@ -46,11 +56,7 @@ def compare_settings(saved: Mapping[str, Any] | None, current: Mapping[str, Any]
             differing.append(f"other {key.removesuffix(_DIGEST).replace('_', ' ')}")
         elif texts[0] != texts[1]:
             differing.append(f"{key} was {texts[0]} and is {texts[1]}")
-    if differing:
-        raise CheckpointError(
-            f"{path}: the checkpoint was made with other settings: {'; '.join(differing)}: "
-            "resume with the same settings, or start anew without resuming."
-        )
+    return "; ".join(differing)
 
 
 def compare(tree: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, scheduler: object, path: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from memfit.errors import MemfitError
 
@@ -36,7 +37,7 @@ class Technology:
     def __post_init__(self) -> None:
         for name in ("endurance", "read_picojoules", "write_picojoules"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
                 raise ValueError(f"{name}={value!r} of {self.title} is not possible: give a positive number.")
 
 
