@@ -36,9 +36,9 @@ from torch import Tensor, nn
 
 import memfit
 from memfit.activations.gradient_filter import FilteredConv2d
-from memfit.activations.native import operator
 from memfit.activations.patches import pool
 from memfit.activations.plan import plan
+from memfit.native import FILTERED, operator
 from memfit.vision import models
 
 RESULTS = Path(__file__).parent / "results" / "gradient_filter_layers.json"
@@ -143,7 +143,7 @@ def variant(module: nn.Module, x: Tensor, g: Tensor) -> Variant:
         sizes = ((x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]))
         cuts = plan(*sizes, windows, patch, technique.taps == "apart").inputs
         pooled = x.detach()
-        by = operator().pool if technique.native else None
+        by = operator(FILTERED).pool if technique.native else None
         extra = lambda: pool(pooled, cuts) if by is None else by(pooled, *cuts)  # noqa: E731
     return Variant(lambda: module(x), backward, extra)
 

@@ -38,10 +38,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from memfit.activations import taps_apart
-from memfit.activations.native import operator, suits
 from memfit.activations.patches import counts, pool, spread
 from memfit.activations.plan import Plan, Window, plan
 from memfit.activations.pooled_gradients import input_gradient, weight_gradient
+from memfit.native import FILTERED, operator, suits
 
 
 class ExactImages(NamedTuple):
@@ -124,7 +124,7 @@ class _FilteredConvolution(torch.autograd.Function):
         pooled = some = None
         ctx.exact, ctx.first = exact, 0
         if ctx.needs_input_grad[1] and (exact is None or exact.every > 1):
-            pooled = operator().pool(x, *cut.inputs) if ctx.native else pool(x, cut.inputs).to(dtype)
+            pooled = operator(FILTERED).pool(x, *cut.inputs) if ctx.native else pool(x, cut.inputs).to(dtype)
         if ctx.needs_input_grad[1] and exact is not None:
             some = x.to(dtype)
             if pooled is not None:
@@ -146,7 +146,9 @@ class _FilteredConvolution(torch.autograd.Function):
         with _no_autocast(g.device.type):
             if ctx.native and suits(g, pooled, kernel):
                 cuts, scale = (*cut.inputs, *cut.outputs), 1 / cut.spread_over
-                found = operator().backward(g, pooled, kernel, *cuts, ctx.groups, ctx.channels_last, scale, wanted)
+                found = operator(FILTERED).backward(
+                    g, pooled, kernel, *cuts, ctx.groups, ctx.channels_last, scale, wanted
+                )
             else:
                 found = _gradients(ctx, g, pooled, kernel, wanted)
             dx, dweight, dbias = found

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from memfit.activations.filtered_convolution import ExactImages, filtered_convolution
-from memfit.activations.native import operator
 from memfit.activations.plan import Window
 from memfit.convert import ConvertedLayer, Technique
 from memfit.convolution_input import padded_input, windows
 from memfit.errors import ConversionError
+from memfit.native import FILTERED, operator
 
 _FEW_PIXELS = 400  # up to so many, of all images, a product of matrices is faster than torch's weight gradient
 
@@ -34,7 +34,7 @@ class _FilteredConv(ConvertedLayer, _ConvNd):
         if not cast(_ConvNd, layer).weight.dtype.is_floating_point:
             return f"has weights of {cast(_ConvNd, layer).weight.dtype}: only real numbers are averaged over patches"
         if cast("GradientFilter", technique).native:
-            operator()
+            operator(FILTERED)
         return None
 
     @classmethod

@@ -64,6 +64,9 @@ def nvm(
             metavar="FUNCTION",
         ),
     ] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="Let a C++ operator do the sums of the low-rank schemes: faster.")
+    ] = False,
     jobs: Annotated[int, typer.Option(help="Devices at once, in a process of one thread each.")] = 1,
     out: Annotated[
         Path, typer.Option(help="Folder for the report and the figure; must not hold an earlier run.", metavar="DIR")
@@ -87,6 +90,7 @@ def nvm(
         samples_per_second=rate,
         model=model,
         stream=stream,
+        native=native,
     )
     with users_code(config.own, "fewer samples at once need less"):
         report = stoppable(lambda: simulate(config, out, resume=resume, jobs=jobs, notify=say, progress=True), out)

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from memfit.gradients.mixing import biased_mixing, random_signs, unbiased_mixing
+from memfit.gradients.mixing import biased_mixing, random_signs, start_of_signs, unbiased_mixing
 from memfit.gradients.reduction import Mixing, reduce_matrix, reduce_product
+from memfit.native import KRONECKER_SUM, operator, suits
 
 _LARGEST = 2**15 - 1  # of 16 bits with a sign
 # Up to so many numbers and terms NumPy is quicker, in one thread, and what it takes is next to nothing.
@@ -58,9 +59,13 @@ class KroneckerSum(nn.Module):
         seed: of the signs.
         dtype: float32 or float64: of the factors, and of the computation.
         device: of the factors.
+        native: let a C++ operator do small additions on the CPU, those that are NumPy's otherwise; it is compiled on
+            first use, which takes a compiler, ninja and about a minute. Signs are the same; as those of singular
+            vectors are not, the numbers are others.
 
     Raises:
         ValueError: an argument is out of range.
+        ConversionError: the operator can't be compiled.
 
     Example:
         >>> total = KroneckerSum(64, 784, rank=4)
@@ -88,6 +93,7 @@ class KroneckerSum(nn.Module):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        native: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("rows", rows), ("columns", columns), ("rank", rank), ("block", block)):
@@ -99,6 +105,9 @@ class KroneckerSum(nn.Module):
             raise ValueError(f"dtype={dtype} is not possible: give torch.float32 or torch.float64.")
         self.rank, self.unbiased, self.bits, self.block, self.seed = rank, unbiased, bits, block, seed
         self.dtype, self.shape = dtype, (rows, columns)
+        self.native = native
+        if native:
+            operator(KRONECKER_SUM)
         self.draws = 0
         self._least = _LARGEST * torch.finfo(dtype).tiny  # of the largest element: what it is divided by is a number
         stored = torch.int16 if bits else dtype
@@ -163,22 +172,32 @@ class KroneckerSum(nn.Module):
     @_without_warnings
     def _add_matrix(self, matrix: Tensor) -> bool:
         least = min(self.shape)
-        left, right, more = self._arrays(matrix.numel(), least, matrix)
+        small = self._is_small(matrix.numel(), least)
+        if small and self.native and suits(matrix):
+            return bool(operator(KRONECKER_SUM).add_matrix(*self._buffers.values(), matrix, self._start()))
+        left, right, more = self._arrays(small, matrix)
         return self._keep(reduce_matrix(more + left.T @ right, self._mixing(least)))
 
     @_without_warnings
     def _add_block(self, left: Tensor, right: Tensor) -> bool:
         count = self.rank + len(left)
-        parts = self._arrays(count * sum(self.shape), count, left, right)
+        small = self._is_small(count * sum(self.shape), count)
+        if small and self.native and suits(left, right):
+            return bool(operator(KRONECKER_SUM).add_rows(*self._buffers.values(), left, right, self._start()))
+        parts = self._arrays(small, left, right)
         join = torch.cat if isinstance(parts[0], Tensor) else np.concatenate
         lefts, rights = join(parts[::2]), join(parts[1::2])
         del parts
         return self._keep(reduce_product(lefts, rights, self._mixing(min(count, *self.shape))))
 
-    def _arrays(self, numbers: int, count: int, *terms: Tensor) -> list[Any]:
+    def _is_small(self, numbers: int, count: int) -> bool:
+        """Whether so many numbers, of so many terms, are too few for torch."""
+        return numbers <= _SMALL and count <= _FEW and self._stored()[0].is_cpu
+
+    def _arrays(self, small: bool, *terms: Tensor) -> list[Any]:
         """The factors and more, as what is quicker: NumPy arrays, or tensors where it is much."""
         held = self._stored()
-        if numbers > _SMALL or count > _FEW or not held[0].is_cpu:
+        if not small:
             return [*_rows(*held), *terms]
         return [*_rows(*[each.numpy() for each in held]), *[each.detach().numpy() for each in terms]]
 
@@ -203,6 +222,13 @@ class KroneckerSum(nn.Module):
         """Set the sum to zero."""
         self.left.zero_()
         self.right.zero_()
+
+    def _start(self) -> int | None:
+        """Of the next signs, where there are any."""
+        if not self.unbiased:
+            return None
+        self.draws += 1
+        return start_of_signs(self.seed, self.draws)
 
     def _mixing(self, count: int) -> Mixing:
         if not self.unbiased:

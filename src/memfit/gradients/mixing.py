@@ -129,12 +129,17 @@ def orthonormal_columns(squares: Sequence[float]) -> tuple[list[float], list[int
 
 def random_signs(seed: int, draw: int, count: int) -> list[int]:
     """``count`` independent signs, 1 or -1: the same for the same seed and draw, on any device, without a state."""
-    start = scrambled(seed) + draw << 32
+    start = start_of_signs(seed, draw)
     signs: list[int] = []
     for number in range(0, count, 64):
         bits = scrambled(start + number)
         signs += [1 - 2 * (bits >> place & 1) for place in range(min(count - number, 64))]
     return signs
+
+
+def start_of_signs(seed: int, draw: int) -> int:
+    """The number, of 64 bits, that a draw's signs come from."""
+    return scrambled(seed) + draw << 32 & _WORD
 
 
 def scrambled(number: int) -> int:

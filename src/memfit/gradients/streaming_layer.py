@@ -16,6 +16,7 @@ from memfit.gradients.matrix_layer import MatrixLayer
 from memfit.gradients.steps import Watcher
 from memfit.gradients.streaming_matrix import StreamingMatrix
 from memfit.gradients.streaming_product import Convolution, Linear, Operator, streaming
+from memfit.native import KRONECKER_SUM, operator
 from memfit.weights.quantize import fake_quantize, quantize
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class StreamingLayer(MatrixLayer, Watcher):
             return f"has a weight of dtype {weight.dtype}, and cells hold float32 or float64: give weight_bits=None"
         if in_cells and not bool(weight.isfinite().all()):
             return "has a weight that is not finite, which cells do not hold"
+        if cast("StreamingLowRank", technique).native:
+            operator(KRONECKER_SUM)
         return super().obstacle(layer, technique)
 
     @classmethod

@@ -52,9 +52,11 @@ class StreamingLowRank(Technique):
         block: the most terms (samples, or pixels of a convolution) that are added to the sum at once: memory for time,
             and for less variance. The workspace is (rank + block) (m + n) numbers, a few times.
         seed: of the random signs, together with the layer's name.
+        native: let a C++ operator do small additions on the CPU, such as those of one sample; all else goes the usual
+            way. It is compiled on first use, which takes a compiler, ninja and about a minute.
 
     Raises:
-        ConversionError: a value that is out of range.
+        ConversionError: a value that is out of range; on conversion, the operator can't be compiled.
 
     Source: Gural, Nadeau, Tikekar, Murmann, "Low-Rank Training of Deep Neural Networks for Emerging Memory Technology",
     arXiv 2009.03887, where all are quantized: ``StreamingLowRank(activation_bits=8, gradient_bits=8)``.
@@ -81,6 +83,7 @@ class StreamingLowRank(Technique):
     factor_bits: Literal[16] | None = 16
     block: int = 32
     seed: int = 0
+    native: bool = False
 
     layers: ClassVar[Mapping[type[nn.Module], type[ConvertedLayer]]] = {
         nn.Linear: StreamingLinear,
@@ -100,7 +103,7 @@ class StreamingLowRank(Technique):
                 raise ConversionError(f"{field}={value!r} is not possible: give a whole number from 1 to 16, or None.")
         if self.factor_bits not in (16, None):
             raise ConversionError(f"factor_bits={self.factor_bits!r} is not possible: give 16, or None.")
-        for field in ("unbiased", "max_norm"):
+        for field in ("unbiased", "max_norm", "native"):
             if not isinstance(getattr(self, field), bool):
                 raise ConversionError(f"{field}={getattr(self, field)!r} is not possible: give True or False.")
         if not (isinstance(self.min_write_density, int | float) and 0 <= self.min_write_density <= 1):

@@ -73,6 +73,7 @@ class StreamingMatrix(WeightMatrix, Watcher):
             seed=zlib.crc32(f"{technique.seed}/{name}".encode()),
             dtype=torch.promote_types(weight.dtype, torch.float32),
             device=weight.device,
+            native=technique.native,
         )
         if technique.weight_bits is None:
             self.register_module("cells", None)

@@ -34,6 +34,7 @@ class NvmConfig:
         stream: the same for a function that returns an iterable of (input, label), the same at every call.
         shift_every: samples between two shifts of the distribution, in the world that has them.
         pretraining_steps: of the offline training.
+        native: use C++ operators where there are any, for the low-rank schemes; see :class:`memfit.StreamingLowRank`.
 
     Raises:
         MemfitError: a value that is out of range, or choices that do not go together.
@@ -53,6 +54,7 @@ class NvmConfig:
     stream: str | None = None
     shift_every: int = SHIFT_EVERY
     pretraining_steps: int = STEPS
+    native: bool = False
 
     def __post_init__(self) -> None:
         for what, given, known in (("world", self.worlds, WORLDS), ("scheme", self.schemes, SCHEMES)):

@@ -123,7 +123,13 @@ def _learner(config: NvmConfig, model: nn.Module, scheme: Scheme) -> Learner:
     # A model of the user's has weights of any size; the method's network has them in [-1, 1).
     limit = LIMIT if config.model is None else None
     return Learner(
-        copy.deepcopy(model), scheme, config.rates(scheme), limit=limit, seed=config.seed, period=config.period
+        copy.deepcopy(model),
+        scheme,
+        config.rates(scheme),
+        limit=limit,
+        seed=config.seed,
+        period=config.period,
+        native=config.native,
     )
 
 

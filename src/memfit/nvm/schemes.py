@@ -81,6 +81,7 @@ class Learner:
         limit: of the cells; None for each layer's own. See :func:`memfit.weights.in_cells.put_in_cells_`.
         seed: of the random numbers that the scheme draws.
         period: samples between the writes of the low-rank schemes.
+        native: use C++ operators where there are any; see :class:`memfit.StreamingLowRank`.
 
     Attributes:
         arrays: the cells.
@@ -90,7 +91,15 @@ class Learner:
     """
 
     def __init__(
-        self, model: nn.Module, scheme: Scheme, rates: Rates, *, limit: float | None, seed: int, period: int = PERIOD
+        self,
+        model: nn.Module,
+        scheme: Scheme,
+        rates: Rates,
+        *,
+        limit: float | None,
+        seed: int,
+        period: int = PERIOD,
+        native: bool = False,
     ) -> None:
         self.model, self.scheme = model.eval(), scheme
         layers = [layer for _, layer in weight_layers(model)]
@@ -114,6 +123,7 @@ class Learner:
                 weight_range=limit,
                 bias_bits=None,
                 seed=seed,
+                native=native,
             )
             for layer in layers:
                 if isinstance(layer, nn.Conv2d) and layer.groups > 1:

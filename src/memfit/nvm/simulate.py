@@ -11,6 +11,7 @@ from torch import nn
 from memfit.errors import MemfitError
 from memfit.files import check_writable
 from memfit.ledger.target import load_model
+from memfit.native import KRONECKER_SUM, operator
 from memfit.nvm.config import NvmConfig
 from memfit.nvm.data import Images, load_images
 from memfit.nvm.devices import ONLINE, check_model, one_thread, run_at_once, run_device, streams_of
@@ -60,7 +61,8 @@ def simulate(
         DataError: the data or the stream cannot be used.
         CheckpointError: a checkpoint is damaged, or made with other settings.
         TrainingError: a weight would become no number.
-        MissingExtraError: matplotlib is not installed, or without data scikit-learn.
+        MissingExtraError: matplotlib is not installed, without data scikit-learn, or with ``native`` ninja.
+        ConversionError: ``native``, and the operator can't be compiled.
         MemfitError: ``out`` holds another run's results or cannot be written; a model of the user's does not fit;
             jobs is below 1.
         InterruptedRun: Ctrl-C or SIGTERM came; ``resume`` goes on.
@@ -75,6 +77,9 @@ def simulate(
             raise MemfitError(
                 f"{out} holds an earlier run's {ONLINE}: give another --out, or --resume to go on with that run."
             )
+    if config.native:
+        say("native: the C++ operator is compiled on first use, which takes about a minute")
+        operator(KRONECKER_SUM)
     images = load_images(config.data) if config.stream is None else None
     with one_thread(), undisturbed():
         own = None if config.model is None else load_model(config.model)
@@ -131,6 +136,8 @@ def _settings(config: NvmConfig, images: Images | None) -> dict[str, JSON]:
     }
     if images is not None:
         settings["data_sha256"] = digest([images.online, images.online_labels])
+    if config.native:  # which makes other roundings
+        settings["native"] = True
     return settings
 
 

@@ -1,7 +1,7 @@
-"""The C++ operator for filtered gradients: compiled on first use, by those who ask for it.
+"""C++ operators: compiled on first use, for those who ask for them with ``native=True``. None is ever needed.
 
-It computes what ``patches`` and ``pooled_gradients`` compute, in one call in place of some twenty of torch's, which is
-what the time of small maps goes into; on large ones it reads and writes each map once. It is never needed.
+Each computes in one call what the module beside it computes in some twenty of torch's or NumPy's, which is what the
+time of small tensors goes into.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from memfit.errors import ConversionError, require
 
-_SOURCE = Path(__file__).with_name("filtered.cpp")
+FILTERED = Path(__file__).parent / "activations" / "filtered.cpp"
+KRONECKER_SUM = Path(__file__).parent / "gradients" / "kronecker_sum.cpp"
 
 
 @cache
-def operator() -> ModuleType:
-    """The compiled operator, from torch's folder of extensions when it was compiled before.
+def operator(source: Path) -> ModuleType:
+    """A compiled operator, from torch's folder of extensions when it was compiled before.
+
+    Args:
+        source: one of those above.
 
     Raises:
         ConversionError: there is no C++ compiler, or it fails.
@@ -40,8 +44,8 @@ def operator() -> ModuleType:
         )
     try:
         return cpp_extension.load(
-            name="memfit_filtered",
-            sources=[str(_SOURCE)],
+            name=f"memfit_{source.stem}",
+            sources=[str(source)],
             extra_cflags=["-O3", "-march=native", "-fopenmp"],
             extra_ldflags=["-fopenmp"],
         )
@@ -51,7 +55,7 @@ def operator() -> ModuleType:
 
 
 def suits(*tensors: Tensor | None) -> bool:
-    """Whether the operator takes these tensors: plain ones on the CPU, float32 or float64, the same for all."""
+    """Whether an operator takes these tensors: plain ones on the CPU, float32 or float64, the same for all."""
     given = [tensor for tensor in tensors if tensor is not None]
     kind = given[0].dtype
     return (
