@@ -3,7 +3,8 @@
 A network that was trained offline sees so many images, one at a time, and learns from each after it has predicted it.
 Every scheme first runs a sweep with a seed of its own: one grid of learning rates for the biases (by the scheme that
 learns nothing else; the others then use the best, but for max-norm, which is for biases too), one grid each for the
-weights, and for the low-rank schemes the samples between writes. What is best is decided by the mean over the four
+weights, and for the low-rank schemes the samples between writes, and the share of a weight's cells below which nothing
+is written. What is best is decided by the mean over the four
 worlds of the moving average of accuracy at the sweep's end, and is the same in all worlds and for all seeds. A low-rank
 scheme is to write its worst cell at most a thousandth as often as SGD, in each world of the sweep: of what writes more,
 nothing is taken. Seeds differ in the offline training, the images, the drift and the random signs. A finished run is
@@ -54,13 +55,18 @@ SWEEP_SAMPLES = 2_000
 BIAS_RATES = (0.001, 0.003, 0.01, 0.03)
 WEIGHT_RATES: dict[Scheme, tuple[float, ...]] = {
     "sgd": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "low-rank": (0.03, 0.1, 0.3, 1.0),
-    "low-rank-max-norm": (0.003, 0.01, 0.03, 0.1),
+    "low-rank": (0.03, 0.1, 0.3),
+    "low-rank-max-norm": (0.005, 0.01, 0.02),
 }
 MAX_NORM_BIAS_RATE = 0.01  # where biases' gradients are divided by their largest element too; the paper's
-PERIODS = (10, 20, 50, 100)
+PERIODS = (10, 15, 20, 50)
+DENSITIES = (0.01, 0.03, 0.06)
 SHARE = 1 / 1000  # of SGD's writes, as it writes without a buffer, is what low rank may write to its worst cell
 KINDS = 4  # of shifts: each run sees all of them
+
+
+Settings = tuple[float, float, int, float]
+"""Learning rates of weights and biases, samples between writes, and the least share of cells in a write."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,11 @@ class Setting:
     lr: float = 0.0
     bias_lr: float = 0.0
     period: int = 0
+    density: float = 0.0
 
     @property
     def key(self) -> str:
-        rates = f"{self.lr:g}/{self.bias_lr:g}/{self.period}"
+        rates = f"{self.lr:g}/{self.bias_lr:g}/{self.period}/{self.density:g}"
         return f"{self.world}/{self.scheme}/{rates}/{self.samples}/{self.seed}"
 
 
@@ -103,13 +110,22 @@ def online(setting: Setting) -> dict[str, Any]:
     model = CharacterNet(images.size, images.classes)
     model.load_state_dict(checkpoint.load(setting.folder / f"{setting.seed}.safetensors"))  # type: ignore[arg-type]
     rates = Rates(setting.lr, setting.bias_lr)
-    learner = Learner(model, setting.scheme, rates, limit=LIMIT, seed=setting.seed, period=max(1, setting.period))
+    learner = Learner(
+        model,
+        setting.scheme,
+        rates,
+        limit=LIMIT,
+        seed=setting.seed,
+        period=max(1, setting.period),
+        density=setting.density,
+        native=True,
+    )
     stream = ImageStream(images, setting.world, setting.seed, setting.samples // KINDS // 100 * 100)
     record = learn_online(learner, stream, world=setting.world, seed=setting.seed, samples=setting.samples)
     result = result_of(
         learner, record, world=setting.world, seed=setting.seed, rates=rates, technology=TECHNOLOGIES["rram"]
     )
-    return {**result.to_dict(samples_per_second=1.0), "period": setting.period}
+    return {**result.to_dict(samples_per_second=1.0), "period": setting.period, "density": setting.density}
 
 
 def main() -> None:
@@ -140,8 +156,8 @@ def main() -> None:
                 keep(pending[run], run.result())
 
         def swept(
-            candidates: list[tuple[Scheme, tuple[float, float, int]]], limits: dict[World, float] | None = None
-        ) -> dict[Scheme, tuple[float, float, int]]:
+            candidates: list[tuple[Scheme, Settings]], limits: dict[World, float] | None = None
+        ) -> dict[Scheme, Settings]:
             """The best candidate of each scheme, of those that keep within the limits of writes."""
             of = {
                 (scheme, rates): {world: make(world, scheme, SWEEP_SEED, SWEEP_SAMPLES, *rates) for world in WORLDS}
@@ -155,7 +171,7 @@ def main() -> None:
 
             settings = [setting for by_world in of.values() for setting in by_world.values()]
             all_of(online, (setting for setting in settings if setting.key not in sweep), keep)
-            means: dict[Scheme, dict[tuple[float, float, int], float]] = {}
+            means: dict[Scheme, dict[Settings, float]] = {}
             for (scheme, rates), by_world in of.items():
                 results = {world: sweep[setting.key] for world, setting in by_world.items()}
                 if limits is None or all(
@@ -170,20 +186,21 @@ def main() -> None:
             [make("control", "inference", seed, 0) for seed in (SWEEP_SEED, *SEEDS)],
             lambda setting, nothing: None,
         )
-        best = swept([("bias", (0.0, rate, 0)) for rate in BIAS_RATES])
+        best = swept([("bias", (0.0, rate, 0, 0.0)) for rate in BIAS_RATES])
         bias_rate = best["bias"][1]
-        best |= swept([("sgd", (rate, bias_rate, 0)) for rate in WEIGHT_RATES["sgd"]])
+        best |= swept([("sgd", (rate, bias_rate, 0, 0.0)) for rate in WEIGHT_RATES["sgd"]])
         sgd = {world: sweep[make(world, "sgd", SWEEP_SEED, SWEEP_SAMPLES, *best["sgd"]).key] for world in WORLDS}
         best |= swept(
             [
-                (scheme, (rate, of_biases, period))
+                (scheme, (rate, of_biases, period, density))
                 for scheme, of_biases in (("low-rank", bias_rate), ("low-rank-max-norm", MAX_NORM_BIAS_RATE))
                 for rate in WEIGHT_RATES[scheme]
                 for period in PERIODS
+                for density in DENSITIES
             ],
             {world: SHARE * result["worst_cell_writes_by_pixel"] for world, result in sgd.items()},
         )
-        best["inference"] = (0.0, 0.0, 0)
+        best["inference"] = (0.0, 0.0, 0, 0.0)
         show_sweep(sweep)
 
         def keep(setting: Setting, result: dict[str, Any]) -> None:
@@ -272,7 +289,9 @@ def write(
         "sweep": {"seed": SWEEP_SEED, "samples": SWEEP_SAMPLES},
         "torch": torch.__version__,
     }
-    settings = best and {scheme: dict(zip(("lr", "bias_lr", "period"), of, strict=True)) for scheme, of in best.items()}
+    settings = best and {
+        scheme: dict(zip(("lr", "bias_lr", "period", "density"), of, strict=True)) for scheme, of in best.items()
+    }
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     content = {
         "about": about,
@@ -291,11 +310,13 @@ def show_sweep(sweep: dict[str, dict[str, float]]) -> None:
     for key, result in sweep.items():
         world, rest = key.split("/", 1)
         rows.setdefault(rest, {})[world] = result
-    print(f"{'scheme/lr/bias lr/period/samples/seed':44}" + "".join(f"{world:>16}" for world in (*WORLDS, "mean")))
+    print(
+        f"{'scheme/lr/bias lr/period/density/samples/seed':50}" + "".join(f"{world:>16}" for world in (*WORLDS, "mean"))
+    )
     for rest, of in sorted(rows.items()):
         cells = [f"{of[world]['final_accuracy']:.1%} {of[world]['worst_cell_writes']:6,.0f}" for world in WORLDS]
         mean = fmean(result["final_accuracy"] for result in of.values())
-        print(f"{rest:44}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>16.1%}")
+        print(f"{rest:50}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>16.1%}")
 
 
 def show(runs: list[dict[str, Any]]) -> None:

@@ -363,3 +363,10 @@ def test_a_reader_that_goes_away_is_no_error(folder, base):
     _, errors = process.communicate()
     assert "Traceback" not in errors
     assert "Exception" not in errors
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_standard_streams_that_are_closed_are_no_error(folder, base, closed):
+    command = [sys.executable, "-c", "from memfit.cli.app import main; main()", "transcribe", "--model", base]
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *map(str, command), str(folder / "0.wav")]
+    assert subprocess.run(shell, env=ONE_THREAD, capture_output=True, check=False).returncode == 0

@@ -303,6 +303,21 @@ def test_too_few_changes_put_a_write_off_and_the_root_makes_up_for_it() -> None:
     assert layer.matrices["weight"].samples == 3
 
 
+def test_with_max_norm_a_step_that_was_put_off_is_no_larger(recwarn: pytest.WarningsRecorder) -> None:
+    """It moves no weight by half a level, and says so once."""
+    layer = nn.Linear(6, 5, bias=False)
+    memfit.convert_(layer, memfit.StreamingLowRank(rank=2, period=1, weight_range=4.0))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.015)  # a level is 8 / 256
+    for _ in range(20):
+        layer(torch.randn(1, 6)).square().sum().backward()
+        optimizer.step()
+    matrix = layer.matrices["weight"]
+    assert matrix.samples == matrix.attempts == 20
+    assert int(matrix.cells.writes.sum()) == 0
+    (warning,) = recwarn
+    assert "lr=0.015 is less than half the distance of two levels" in str(warning.message)
+
+
 def test_only_cells_whose_level_changes_are_written(net: Net) -> None:
     memfit.convert_(net, memfit.StreamingLowRank(rank=2, period=2, max_norm=True, min_write_density=0.0))
     cells = [module for module in net.modules() if isinstance(module, CellArray)]

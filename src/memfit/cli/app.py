@@ -6,6 +6,8 @@ Exit codes: 0, done; 2, something about the input; 130 and 143, stopped by Ctrl-
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -76,4 +78,7 @@ def _options(
 
 def main() -> None:
     """What the installed command runs."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     app()

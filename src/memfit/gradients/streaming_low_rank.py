@@ -39,7 +39,8 @@ class StreamingLowRank(Technique):
         max_norm: divide the mean by its largest element, or by the moving average of those where that is larger:
             ``lr`` is then by how much the weight that moves most does.
         min_write_density: a share of the weight's cells. When fewer would change, nothing is written and the sum goes
-            on for another period; a mean over n steps is applied with the learning rate times sqrt(n / period).
+            on for another period. Without ``max_norm`` a mean over n steps is applied with the learning rate times
+            sqrt(n / period).
         weight_bits: of the cells that hold a weight; the conversion rounds it to them. None: not quantized, and always
             written.
         weight_range: weights are in [-range, range), a power of two. None: the smallest that holds the layer's weights.

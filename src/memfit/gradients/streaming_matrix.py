@@ -4,12 +4,13 @@ With the sum G of n samples' gradients, n a multiple of the period B, and a lear
 
     W <- Q(W - eta sqrt(n / B) G / n),
 
-or, with max-norm, with G / n divided by its largest element. Q is what the weight's cells hold. When fewer cells would
-change than is worth a write, nothing is written, G goes on adding up for another period, and the root makes up for the
-larger batch, as is usual for batches.
+or, with max-norm, W - eta G / n with the mean divided by its largest element. Q is what the weight's cells hold. When
+fewer cells would change than is worth a write, nothing is written, and G goes on adding up for another period. The root
+makes up for the larger batch, as is usual for batches. With max-norm the step has its size whatever the batch: were it
+larger for a sum that was not worth a write, that would be written soon all the same.
 
 Source: Gural, Nadeau, Tikekar, Murmann, "Low-Rank Training of Deep Neural Networks for Emerging Memory Technology",
-arXiv 2009.03887.
+arXiv 2009.03887. There the root is for max-norm too.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class StreamingMatrix(WeightMatrix, Watcher):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _refuse_several_processes(torch.distributed.get_world_size())
         self.attempts += 1
-        size = lr * math.sqrt(self.samples / self.period) / self.samples
+        size = lr / self.samples
         blocks = self._blocks()
         whole = self.terms.matrix() if len(blocks) == 1 else None
 
@@ -145,6 +146,9 @@ class StreamingMatrix(WeightMatrix, Watcher):
             largest = max(float(part(rows).abs().max()) for rows in blocks)
             divisor, self.average = max_norm(largest / self.samples, self.average, self.attempts)
             size /= divisor
+            self._warn_of_small_steps(lr)
+        else:
+            size *= math.sqrt(self.samples / self.period)
         if self.cells is None:
             left, right = self.terms.factors()
             if self.weight.is_contiguous() and self.weight.dtype == left.dtype:
@@ -161,6 +165,15 @@ class StreamingMatrix(WeightMatrix, Watcher):
         for rows in blocks:
             self.cells.write_(wanted(rows), rows[0])
         return True
+
+    def _warn_of_small_steps(self, lr: float) -> None:
+        if self.attempts == 1 and self.cells is not None and 0 < abs(lr) < self.cells.step / 2:
+            warnings.warn(
+                f"lr={lr:g} is less than half the distance of two levels of the cells of {self.name}, which is "
+                f"{self.cells.step:g}: as no weight moves further with max_norm, none would be written; raise lr.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _blocks(self) -> list[tuple[int, int]]:
         """Runs of rows, each no larger than the workspace of an addition."""

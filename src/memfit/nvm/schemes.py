@@ -36,6 +36,7 @@ RANK = 4  # of the low-rank schemes, as in the paper
 PERIOD = 20
 """Samples between writes of the low-rank schemes: what is best in worlds that drift as fast as the paper's, among those
 with which the worst cell is written at most a thousandth as often as by SGD without a buffer for gradients."""
+DENSITY = 0.03  # of the cells of a weight: when fewer would change, they wait for another period
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Learner:
         limit: of the cells; None for each layer's own. See :func:`memfit.weights.in_cells.put_in_cells_`.
         seed: of the random numbers that the scheme draws.
         period: samples between the writes of the low-rank schemes.
+        density: the share of a weight's cells below which they write nothing.
         native: use C++ operators where there are any; see :class:`memfit.StreamingLowRank`.
 
     Attributes:
@@ -99,6 +101,7 @@ class Learner:
         limit: float | None,
         seed: int,
         period: int = PERIOD,
+        density: float = DENSITY,
         native: bool = False,
     ) -> None:
         self.model, self.scheme = model.eval(), scheme
@@ -120,6 +123,7 @@ class Learner:
                 rank=RANK,
                 period=period,
                 max_norm=scheme == "low-rank-max-norm",
+                min_write_density=density,
                 weight_range=limit,
                 bias_bits=None,
                 seed=seed,
