@@ -6,8 +6,12 @@ time of small tensors goes into.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import sys
+import warnings
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -42,13 +46,22 @@ def operator(source: Path) -> ModuleType:
             f"native=True compiles a C++ operator, and there is no compiler {compiler!r}: install one, or leave native "
             "out."
         )
-    try:
-        return cpp_extension.load(
-            name=f"memfit_{source.stem}",
-            sources=[str(source)],
-            extra_cflags=["-O3", "-march=native", "-fopenmp"],
-            extra_ldflags=["-fopenmp"],
+    name = f"memfit_{source.stem}"
+    lock = Path(cpp_extension._get_build_directory(name, verbose=False), "lock")
+    if lock.exists():
+        warnings.warn(
+            f"waiting for the process that compiles a C++ operator; if there is none any more, delete {lock}.",
+            RuntimeWarning,
+            stacklevel=2,
         )
+    try:
+        with redirect_stdout(sys.stdout or io.StringIO()):  # which torch wants to be there
+            return cpp_extension.load(
+                name=name,
+                sources=[str(source)],
+                extra_cflags=["-O3", "-march=native", "-fopenmp"],
+                extra_ldflags=["-fopenmp"],
+            )
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConversionError(f"the C++ operator can't be compiled ({reason}): leave native out.") from error
@@ -61,5 +74,6 @@ def suits(*tensors: Tensor | None) -> bool:
     return (
         kind in (torch.float32, torch.float64)
         and all(tensor.dtype == kind and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter) for tensor in given)
+        and not any(tensor.is_neg() for tensor in given)
         and not torch.compiler.is_compiling()
     )

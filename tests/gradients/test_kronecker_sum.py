@@ -312,6 +312,12 @@ def test_terms_that_do_not_fit_are_refused() -> None:
         total.add(torch.zeros(4, 1), torch.zeros(3, 1))
     with pytest.raises(ValueError, match="do not pair"):
         total.add(torch.zeros(3, 1), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="are not matrices"):
+        total.add(torch.zeros(3), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"do not fit a matrix of \(3, 4\)"):
+        total.add_rows(torch.zeros(1, 4), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"a matrix of \(1, 4\) does not fit one of \(3, 4\)"):
+        total.add_matrix(torch.ones(1, 4))
 
 
 def test_biased_is_the_truncated_svd_whatever_the_size_of_its_numbers() -> None:

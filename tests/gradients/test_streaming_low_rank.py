@@ -315,7 +315,7 @@ def test_with_max_norm_a_step_that_was_put_off_is_no_larger(recwarn: pytest.Warn
     assert matrix.samples == matrix.attempts == 20
     assert int(matrix.cells.writes.sum()) == 0
     (warning,) = recwarn
-    assert "lr=0.015 is less than half the distance of two levels" in str(warning.message)
+    assert "nothing was written: lr=0.015 is less than half the distance of two levels" in str(warning.message)
 
 
 def test_only_cells_whose_level_changes_are_written(net: Net) -> None:

@@ -6,13 +6,15 @@
 //
 //     C = D^1/2 V^T (L L^T) V D^1/2 = W S^2 W^T,
 //
-// its left vectors are L^T (V D^1/2 W S^-1), its right ones R^T (V D^-1/2 W).
+// its left vectors are L^T (V D^1/2 W S^-1), its right ones R^T (V D^-1/2 W). Factors and terms are of float32, or the
+// factors of 16 bits.
 
 #include <torch/extension.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -21,9 +23,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr double NEGLIGIBLE = 1e-6;    // as in mixing.py: singular values below this share of the largest
-constexpr double ROUNDING = 1e-15;     // of products in double: eigenvalues below this share of the largest
-constexpr double LARGEST = 32767;      // of 16 bits with a sign
+constexpr double NEGLIGIBLE = 1e-6;  // as in mixing.py: singular values below this share of the largest
+constexpr double ROUNDING = 1e-15;   // of products in double: eigenvalues below this share of the largest
+constexpr float LARGEST = 32767;     // of 16 bits with a sign
 
 template <typename T>
 struct Matrix {
@@ -34,6 +36,7 @@ struct Matrix {
   const T* operator[](int64_t row) const { return numbers.data() + row * columns; }
 };
 using Doubles = Matrix<double>;
+using Floats = Matrix<float>;
 
 template <typename T>
 double dot(const T* __restrict__ a, const T* __restrict__ b, int64_t count) {
@@ -51,8 +54,7 @@ void add_multiple(T* __restrict__ to, U factor, const T* __restrict__ row, int64
 }
 
 // The products of all pairs of rows.
-template <typename T>
-Doubles products(const Matrix<T>& rows) {
+Doubles products(const Floats& rows) {
   Doubles found(rows.rows, rows.rows);
   for (int64_t i = 0; i < rows.rows; ++i)
     for (int64_t j = 0; j <= i; ++j) found[i][j] = found[j][i] = dot(rows[i], rows[j], rows.columns);
@@ -77,9 +79,8 @@ Matrix<T> times(const Doubles& a, const Matrix<T>& b) {
 }
 
 // a^T b.
-template <typename T>
-Matrix<T> transposed_times(const Matrix<T>& a, const Matrix<T>& b) {
-  Matrix<T> found(a.columns, b.columns);
+Floats transposed_times(const Floats& a, const Floats& b) {
+  Floats found(a.columns, b.columns);
   for (int64_t k = 0; k < a.rows; ++k)
     for (int64_t i = 0; i < a.columns; ++i) add_multiple(found[i], a[k][i], b[k], b.columns);
   return found;
@@ -216,14 +217,18 @@ struct Mixing {
   }
 };
 
-// Singular values of their squares, but those that are negligible.
-std::vector<double> roots(const std::vector<double>& squares) {
+// Singular values of their squares, but those below a share of the largest.
+std::vector<double> roots(const std::vector<double>& squares, double share) {
   std::vector<double> found;
   for (const double square : squares) {
-    if (!(std::sqrt(square) > NEGLIGIBLE * std::sqrt(squares[0]))) break;
+    if (!(std::sqrt(square) > share * std::sqrt(squares[0]))) break;
     found.push_back(std::sqrt(square));
   }
   return found;
+}
+
+bool overflows(const std::vector<double>& values) {
+  return !values.empty() && values[0] > std::numeric_limits<float>::max();
 }
 
 void divide_columns(Doubles& matrix, const std::vector<double>& by) {
@@ -242,31 +247,29 @@ bool is_finite(const Doubles& matrix) {
   return std::isfinite(std::accumulate(matrix.numbers.begin(), matrix.numbers.end(), 0.0));
 }
 
-template <typename T>
 struct Factors {
-  Matrix<T> left, right;
+  Floats left, right;
 };
 
 // reduction.reduce_matrix of one that is not longer than wide.
-template <typename T>
-std::optional<Factors<T>> reduce_wide(const Matrix<T>& matrix, const Mixing& mixing) {
+std::optional<Factors> reduce_wide(const Floats& matrix, const Mixing& mixing) {
   const Doubles squares = products(matrix);
   if (!is_finite(squares)) return std::nullopt;
   const Eigen found = eigen(squares);
-  const std::vector<double> values = roots(found.values);
+  const std::vector<double> values = roots(found.values, NEGLIGIBLE);
+  if (overflows(values)) return std::nullopt;
   const Doubles basis = head(found.vectors, values.size());
   Doubles mixed = mixing.of(values);
   const Doubles left = times(mixed, basis);
   divide_columns(mixed, values);
-  Matrix<T> rounded(left.rows, left.columns);
+  Floats rounded(left.rows, left.columns);
   std::copy(left.numbers.begin(), left.numbers.end(), rounded.numbers.begin());
-  return Factors<T>{std::move(rounded), times(times(mixed, basis), matrix)};
+  return Factors{std::move(rounded), times(times(mixed, basis), matrix)};
 }
 
-template <typename T>
-std::optional<Factors<T>> reduce_matrix(const Matrix<T>& matrix, const Mixing& mixing) {
+std::optional<Factors> reduce_matrix(const Floats& matrix, const Mixing& mixing) {
   if (matrix.rows <= matrix.columns) return reduce_wide(matrix, mixing);
-  Matrix<T> turned(matrix.columns, matrix.rows);
+  Floats turned(matrix.columns, matrix.rows);
   for (int64_t i = 0; i < matrix.rows; ++i)
     for (int64_t j = 0; j < matrix.columns; ++j) turned[j][i] = matrix[i][j];
   auto found = reduce_wide(turned, mixing);
@@ -275,20 +278,23 @@ std::optional<Factors<T>> reduce_matrix(const Matrix<T>& matrix, const Mixing& m
 }
 
 // reduction.reduce_product of (q x n) and (q x m).
-template <typename T>
-std::optional<Factors<T>> reduce_product(const Matrix<T>& left, const Matrix<T>& right, const Mixing& mixing) {
+std::optional<Factors> reduce_product(const Floats& left, const Floats& right, const Mixing& mixing) {
   const int64_t count = left.rows;
   if (std::min(left.columns, right.columns) <= count) return reduce_matrix(transposed_times(left, right), mixing);
   Doubles of_left = products(left), of_right = products(right);
   if (!is_finite(of_left) || !is_finite(of_right)) return std::nullopt;
-  // Both sides of a term are made equally long, so that what is small on one side only is not lost.
-  std::vector<double> scale(count, 1.0);
-  for (int64_t i = 0; i < count; ++i)
-    if (of_left[i][i] > 0 && of_right[i][i] > 0) scale[i] = std::pow(of_right[i][i] / of_left[i][i], 0.25);
+  // Both sides of a term are made equally long, so that what is small on one side only is not lost; a term of which one
+  // side is zero has no part in anything.
+  std::vector<double> longer(count, 0.0), shorter(count, 0.0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!(of_left[i][i] > 0 && of_right[i][i] > 0)) continue;
+    longer[i] = std::pow(of_right[i][i] / of_left[i][i], 0.25);
+    shorter[i] = 1 / longer[i];
+  }
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = 0; j < count; ++j) {
-      of_left[i][j] *= scale[i] * scale[j];
-      of_right[i][j] /= scale[i] * scale[j];
+      of_left[i][j] *= longer[i] * longer[j];
+      of_right[i][j] *= shorter[i] * shorter[j];
     }
   }
   const Eigen right_side = eigen(of_right);
@@ -302,7 +308,8 @@ std::optional<Factors<T>> reduce_product(const Matrix<T>& left, const Matrix<T>&
     }
   }
   const Eigen core = eigen(times_transposed(times(towards_left, of_left), towards_left));
-  const std::vector<double> values = roots(core.values);
+  const std::vector<double> values = roots(core.values, mixing.start ? NEGLIGIBLE : std::sqrt(ROUNDING));
+  if (overflows(values)) return std::nullopt;
   const Doubles basis = head(core.vectors, values.size());
   Doubles mixed = mixing.of(values);
   Doubles of_rights = times(times(mixed, basis), towards_right);
@@ -310,80 +317,71 @@ std::optional<Factors<T>> reduce_product(const Matrix<T>& left, const Matrix<T>&
   Doubles of_lefts = times(times(mixed, basis), towards_left);
   for (int64_t i = 0; i < of_lefts.rows; ++i) {
     for (int64_t j = 0; j < count; ++j) {
-      of_lefts[i][j] *= scale[j];
-      of_rights[i][j] /= scale[j];
+      of_lefts[i][j] *= longer[j];
+      of_rights[i][j] *= shorter[j];
     }
   }
-  return Factors<T>{times(of_lefts, left), times(of_rights, right)};
+  return Factors{times(of_lefts, left), times(of_rights, right)};
 }
 
-// A KroneckerSum's buffers: factors as rows, of float, double, or 16 bits with a scale each.
+// A KroneckerSum's buffers: factors as rows, of float32, or of 16 bits with a scale each.
 struct Kept {
   Tensor left, right;
   std::optional<Tensor> scales;
 
   // The rows of a factor, and space for more.
-  template <typename T>
-  Matrix<T> rows(int64_t side, int64_t more) const {
+  Floats rows(int64_t side, int64_t more) const {
     const Tensor& factor = side ? right : left;
-    Matrix<T> found(factor.size(0) + more, factor.size(1));
+    Floats found(factor.size(0) + more, factor.size(1));
     if (scales) {
-      const T scale = scales->const_data_ptr<T>()[side];
+      const float scale = scales->const_data_ptr<float>()[side];
       const int16_t* from = factor.const_data_ptr<int16_t>();
-      std::transform(from, from + factor.numel(), found[0], [scale](int16_t number) { return T(number) * scale; });
+      std::transform(from, from + factor.numel(), found[0], [scale](int16_t number) { return number * scale; });
     } else {
-      std::copy_n(factor.const_data_ptr<T>(), factor.numel(), found[0]);
+      std::copy_n(factor.const_data_ptr<float>(), factor.numel(), found[0]);
     }
     return found;
   }
 
-  template <typename T>
-  void keep(int64_t side, const Matrix<T>& rows) const {
+  void keep(int64_t side, const Floats& rows) const {
     const Tensor& factor = side ? right : left;
-    factor.unsafeGetTensorImpl()->bump_version();
     if (!scales) {
-      std::copy(rows.numbers.begin(), rows.numbers.end(), factor.data_ptr<T>());
+      std::copy(rows.numbers.begin(), rows.numbers.end(), factor.data_ptr<float>());
       return;
     }
-    T largest = T(LARGEST) * std::numeric_limits<T>::min();
-    for (const T number : rows.numbers) largest = std::max(largest, std::abs(number));
-    const T by = T(LARGEST / largest);
+    float largest = LARGEST * std::numeric_limits<float>::min();
+    for (const float number : rows.numbers) largest = std::max(largest, std::abs(number));
+    const float by = LARGEST / largest;
     int16_t* to = factor.data_ptr<int16_t>();
     for (size_t i = 0; i < rows.numbers.size(); ++i) to[i] = int16_t(std::nearbyint(rows.numbers[i] * by));
-    scales->unsafeGetTensorImpl()->bump_version();
-    scales->data_ptr<T>()[side] = T(largest / LARGEST);
+    scales->data_ptr<float>()[side] = largest / LARGEST;
   }
 };
 
-template <typename T>
-void fill(T* to, const Tensor& from) {
+void fill(float* to, const Tensor& from) {
   const Tensor contiguous = from.contiguous();
-  std::copy_n(contiguous.const_data_ptr<T>(), contiguous.numel(), to);
+  std::copy_n(contiguous.const_data_ptr<float>(), contiguous.numel(), to);
 }
 
-template <typename T>
-bool finish(const Kept& kept, const std::optional<Factors<T>>& factors) {
-  if (!factors || !std::isfinite(std::accumulate(factors->left.numbers.begin(), factors->left.numbers.end(), T(0))) ||
-      !std::isfinite(std::accumulate(factors->right.numbers.begin(), factors->right.numbers.end(), T(0))))
-    return false;
+bool finish(const Kept& kept, const std::optional<Factors>& factors) {
+  if (!factors) return false;
+  for (const Floats* each : {&factors->left, &factors->right})
+    if (!std::isfinite(std::accumulate(each->numbers.begin(), each->numbers.end(), 0.0))) return false;
   kept.keep(0, factors->left);
   kept.keep(1, factors->right);
   return true;
 }
 
-// Add left^T right, of (b x n) and (b x m); whether the numbers are finite, and so were added. The factors and the
-// terms are of one dtype, or the factors of 16 bits and their scales of that dtype.
+// Add left^T right, of (b x n) and (b x m); whether the numbers are finite, and so were added.
 bool add_rows(
     const Tensor& kept_left, const Tensor& kept_right, const std::optional<Tensor>& scales, const Tensor& left,
     const Tensor& right, std::optional<uint64_t> start) {
   const Kept kept{kept_left, kept_right, scales};
   const int64_t rank = kept_left.size(0);
-  return AT_DISPATCH_FLOATING_TYPES(left.scalar_type(), "add_rows", [&] {
-    auto lefts = kept.rows<scalar_t>(0, left.size(0)), rights = kept.rows<scalar_t>(1, right.size(0));
-    fill(lefts[rank], left);
-    fill(rights[rank], right);
-    return finish(kept, reduce_product(lefts, rights, Mixing{rank, start}));
-  });
+  Floats lefts = kept.rows(0, left.size(0)), rights = kept.rows(1, right.size(0));
+  fill(lefts[rank], left);
+  fill(rights[rank], right);
+  return finish(kept, reduce_product(lefts, rights, Mixing{rank, start}));
 }
 
 // Add a whole matrix (n x m); the same otherwise.
@@ -391,12 +389,10 @@ bool add_matrix(
     const Tensor& kept_left, const Tensor& kept_right, const std::optional<Tensor>& scales, const Tensor& matrix,
     std::optional<uint64_t> start) {
   const Kept kept{kept_left, kept_right, scales};
-  return AT_DISPATCH_FLOATING_TYPES(matrix.scalar_type(), "add_matrix", [&] {
-    auto sum = transposed_times(kept.rows<scalar_t>(0, 0), kept.rows<scalar_t>(1, 0));
-    const Tensor more = matrix.contiguous();
-    add_multiple(sum[0], 1, more.const_data_ptr<scalar_t>(), more.numel());
-    return finish(kept, reduce_matrix(sum, Mixing{kept_left.size(0), start}));
-  });
+  Floats sum = transposed_times(kept.rows(0, 0), kept.rows(1, 0));
+  const Tensor more = matrix.contiguous();
+  add_multiple(sum[0], 1, more.const_data_ptr<float>(), more.numel());
+  return finish(kept, reduce_matrix(sum, Mixing{kept_left.size(0), start}));
 }
 
 }  // namespace

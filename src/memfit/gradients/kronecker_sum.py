@@ -15,6 +15,7 @@ arXiv 2009.03887; Benzing et al., "Optimal Kronecker-Sum Approximation of Real T
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from memfit.errors import MemfitError
 from memfit.gradients.mixing import biased_mixing, random_signs, start_of_signs, unbiased_mixing
 from memfit.gradients.reduction import Mixing, reduce_matrix, reduce_product
 from memfit.native import KRONECKER_SUM, operator, suits
@@ -59,9 +61,10 @@ class KroneckerSum(nn.Module):
         seed: of the signs.
         dtype: float32 or float64: of the factors, and of the computation.
         device: of the factors.
-        native: let a C++ operator do small additions on the CPU, those that are NumPy's otherwise; it is compiled on
-            first use, which takes a compiler, ninja and about a minute. Signs are the same; as those of singular
-            vectors are not, the numbers are others.
+        native: let a C++ operator do small additions of float32 on the CPU, which are NumPy's otherwise; it is compiled
+            on first use, which takes a compiler, ninja and about a minute. The random signs are the same, but those of
+            singular vectors are not, so that the sums differ. Where it can't be compiled, a sum that is loaded from a
+            file goes on without it.
 
     Raises:
         ValueError: an argument is out of range.
@@ -77,6 +80,7 @@ class KroneckerSum(nn.Module):
     """
 
     holds_gradients = True  # so says the ledger of its buffers
+    native = False
     left: Tensor
     right: Tensor
     scales: Tensor | None
@@ -135,27 +139,31 @@ class KroneckerSum(nn.Module):
         Raises:
             ValueError: the shapes do not fit.
         """
-        if left.dim() != 2 or right.dim() != 2 or (left.shape[0], right.shape[0]) != self.shape:
-            raise ValueError(
-                f"terms of {tuple(left.shape)} and {tuple(right.shape)} do not fit a matrix of {self.shape}: give "
-                "(rows, b) and (columns, b)."
-            )
-        if left.shape[1] != right.shape[1]:
-            raise ValueError(f"{left.shape[1]} columns on the left and {right.shape[1]} on the right do not pair.")
+        if left.dim() != 2 or right.dim() != 2:
+            raise ValueError(f"terms of {tuple(left.shape)} and {tuple(right.shape)} are not matrices.")
         return self.add_rows(left.t(), right.t())
 
     def add_rows(self, left: Tensor, right: Tensor) -> bool:
         """Add ``left^T right``, for (b, rows) and (b, columns), as layers have them; see :meth:`add`."""
+        if left.shape != (len(left), self.shape[0]) or right.shape != (len(right), self.shape[1]):
+            raise ValueError(
+                f"terms of {tuple(left.shape[1:])} and {tuple(right.shape[1:])} numbers do not fit a matrix of "
+                f"{self.shape}."
+            )
+        if len(left) != len(right):
+            raise ValueError(f"{len(left)} terms on the left and {len(right)} on the right do not pair.")
         return self._exactly(self._add_rows, left, right)
 
     def add_matrix(self, matrix: Tensor) -> bool:
         """Add a whole matrix (rows, columns), for those who have one anyway; see :meth:`add`."""
+        if matrix.shape != self.shape:
+            raise ValueError(f"a matrix of {tuple(matrix.shape)} does not fit one of {self.shape}.")
         return self._exactly(self._add_matrix, matrix)
 
     def _exactly(self, add: Callable[..., bool], *terms: Tensor) -> bool:
         """Without a graph, and without autocast, which would round products."""
         device = terms[0].device.type
-        terms = tuple(each if each.dtype == self.dtype else each.to(self.dtype) for each in terms)
+        terms = tuple((each if each.dtype == self.dtype else each.to(self.dtype)).resolve_neg() for each in terms)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
             return add(*terms)
         with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -173,8 +181,8 @@ class KroneckerSum(nn.Module):
     def _add_matrix(self, matrix: Tensor) -> bool:
         least = min(self.shape)
         small = self._is_small(matrix.numel(), least)
-        if small and self.native and suits(matrix):
-            return bool(operator(KRONECKER_SUM).add_matrix(*self._buffers.values(), matrix, self._start()))
+        if small and self._is_native(matrix):
+            return self._natively("add_matrix", matrix)
         left, right, more = self._arrays(small, matrix)
         return self._keep(reduce_matrix(more + left.T @ right, self._mixing(least)))
 
@@ -182,8 +190,8 @@ class KroneckerSum(nn.Module):
     def _add_block(self, left: Tensor, right: Tensor) -> bool:
         count = self.rank + len(left)
         small = self._is_small(count * sum(self.shape), count)
-        if small and self.native and suits(left, right):
-            return bool(operator(KRONECKER_SUM).add_rows(*self._buffers.values(), left, right, self._start()))
+        if small and self._is_native(left, right):
+            return self._natively("add_rows", left, right)
         parts = self._arrays(small, left, right)
         join = torch.cat if isinstance(parts[0], Tensor) else np.concatenate
         lefts, rights = join(parts[::2]), join(parts[1::2])
@@ -193,6 +201,23 @@ class KroneckerSum(nn.Module):
     def _is_small(self, numbers: int, count: int) -> bool:
         """Whether so many numbers, of so many terms, are too few for torch."""
         return numbers <= _SMALL and count <= _FEW and self._stored()[0].is_cpu
+
+    def _is_native(self, *terms: Tensor) -> bool:
+        """Whether the C++ operator is to add these terms, and takes them."""
+        if not self.native:
+            return False
+        held = self._stored()  # of which the last one is of the dtype in which is computed
+        return self.dtype == torch.float32 and suits(held[-1], *terms) and all(each.is_contiguous() for each in held)
+
+    def _natively(self, how: str, *terms: Tensor) -> bool:
+        start = None
+        if self.unbiased:
+            self.draws += 1
+            start = start_of_signs(self.seed, self.draws)
+        added = bool(getattr(operator(KRONECKER_SUM), how)(*self._buffers.values(), *terms, start))
+        if added:
+            increment_version(self._stored())
+        return added
 
     def _arrays(self, small: bool, *terms: Tensor) -> list[Any]:
         """The factors and more, as what is quicker: NumPy arrays, or tensors where it is much."""
@@ -223,13 +248,6 @@ class KroneckerSum(nn.Module):
         self.left.zero_()
         self.right.zero_()
 
-    def _start(self) -> int | None:
-        """Of the next signs, where there are any."""
-        if not self.unbiased:
-            return None
-        self.draws += 1
-        return start_of_signs(self.seed, self.draws)
-
     def _mixing(self, count: int) -> Mixing:
         if not self.unbiased:
             return partial(biased_mixing, rank=self.rank)
@@ -250,6 +268,15 @@ class KroneckerSum(nn.Module):
                 factor = (factor * (_LARGEST / largest)).round()
             held[number][:] = factor
         return True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, or from a file
+        super().__setstate__(state)
+        if self.native:
+            try:
+                operator(KRONECKER_SUM)
+            except MemfitError as error:
+                warnings.warn(f"a sum goes on without its C++ operator: {error}", RuntimeWarning, stacklevel=2)
+                self.native = False
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.draws)

@@ -52,6 +52,7 @@ class StreamingMatrix(WeightMatrix, Watcher):
 
     terms: KroneckerSum
     cells: CellArray | None
+    warned = False  # of steps that are too small
 
     def __init__(self, weight: nn.Parameter, technique: StreamingLowRank, name: str) -> None:
         super().__init__()
@@ -146,7 +147,6 @@ class StreamingMatrix(WeightMatrix, Watcher):
             largest = max(float(part(rows).abs().max()) for rows in blocks)
             divisor, self.average = max_norm(largest / self.samples, self.average, self.attempts)
             size /= divisor
-            self._warn_of_small_steps(lr)
         else:
             size *= math.sqrt(self.samples / self.period)
         if self.cells is None:
@@ -159,18 +159,21 @@ class StreamingMatrix(WeightMatrix, Watcher):
             return True
         needed = max(1, math.ceil(self.min_write_density * self.cells.values.numel()))
         if len(blocks) == 1:
-            return self.cells.write_(wanted(blocks[0]), at_least=needed) > 0
-        if sum(self.cells.would_change(wanted(rows), rows[0]) for rows in blocks) < needed:
-            return False
-        for rows in blocks:
-            self.cells.write_(wanted(rows), rows[0])
-        return True
+            written = self.cells.write_(wanted(blocks[0]), at_least=needed) > 0
+        else:
+            written = sum(self.cells.would_change(wanted(rows), rows[0]) for rows in blocks) >= needed
+            for rows in blocks if written else []:
+                self.cells.write_(wanted(rows), rows[0])
+        if not written:
+            self._warn_of_small_steps(lr, self.cells.step)
+        return written
 
-    def _warn_of_small_steps(self, lr: float) -> None:
-        if self.attempts == 1 and self.cells is not None and 0 < abs(lr) < self.cells.step / 2:
+    def _warn_of_small_steps(self, lr: float, step: float) -> None:
+        if self.max_norm and not self.warned and 0 < abs(lr) < step / 2:
+            self.warned = True
             warnings.warn(
-                f"lr={lr:g} is less than half the distance of two levels of the cells of {self.name}, which is "
-                f"{self.cells.step:g}: as no weight moves further with max_norm, none would be written; raise lr.",
+                f"nothing was written: lr={lr:g} is less than half the distance of two levels of the cells of "
+                f"{self.name}, {step:g}, and with max_norm no weight moves further at once; raise lr.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -77,7 +77,7 @@ def simulate(
             raise MemfitError(
                 f"{out} holds an earlier run's {ONLINE}: give another --out, or --resume to go on with that run."
             )
-    if config.native:
+    if config.native and any(scheme.startswith("low-rank") for scheme in config.schemes):
         say("native: the C++ operator is compiled on first use, which takes about a minute")
         operator(KRONECKER_SUM)
     images = load_images(config.data) if config.stream is None else None
