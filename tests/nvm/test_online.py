@@ -9,7 +9,7 @@ from memfit import checkpoint as checkpoints
 from memfit.errors import CheckpointError, DataError, MemfitError
 from memfit.nvm.model import CharacterNet
 from memfit.nvm.online import learn_online, moving_average
-from memfit.nvm.schemes import RATES, SCHEMES, Learner, Rates
+from memfit.nvm.schemes import RATES, SCHEMES, Learner, Rates, Writes
 from memfit.nvm.streams import UserStream
 from memfit.nvm.worlds import WORLDS, ImageStream
 from memfit.weights.quantize import quantize
@@ -17,7 +17,7 @@ from memfit.weights.quantize import quantize
 
 def learner(scheme: str, seed: int = 0) -> Learner:
     torch.manual_seed(1)
-    return Learner(CharacterNet(8, 3), scheme, Rates(0.1, 0.05), limit=1.0, seed=seed, period=30)
+    return Learner(CharacterNet(8, 3), scheme, Rates(0.1, 0.05), limit=1.0, seed=seed, writes=Writes(30, 0.01))
 
 
 def state(one: Learner) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from memfit.cli.runs import AsJson, Resume, stoppable
 from memfit.ledger.target import users_code
 from memfit.nvm.page import joules, lifetime
 from memfit.nvm.run_report import NvmReport
-from memfit.nvm.schemes import PERIOD, SCHEMES, TITLES, Scheme
+from memfit.nvm.schemes import SCHEMES, TITLES, Scheme
 from memfit.nvm.simulate import FIGURE, NvmConfig, simulate
 from memfit.nvm.worlds import WORLDS, World
 from memfit.report_page import percent
@@ -44,7 +44,10 @@ def nvm(
     bias_lr: Annotated[
         float | None, typer.Option(help="Learning rate of the biases; each scheme's own otherwise.")
     ] = None,
-    period: Annotated[int, typer.Option(help="Samples between the writes of the low-rank schemes.")] = PERIOD,
+    period: Annotated[
+        int | None,
+        typer.Option(help="Samples between the writes of the low-rank schemes; each scheme's own otherwise."),
+    ] = None,
     memory: Annotated[
         str, typer.Option(help="What the memory is made of, for energy and lifetime.", metavar="|".join(TECHNOLOGIES))
     ] = "rram",

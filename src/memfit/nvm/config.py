@@ -8,7 +8,7 @@ from pathlib import Path
 
 from memfit.errors import MemfitError
 from memfit.nvm.pretrain import STEPS
-from memfit.nvm.schemes import PERIOD, RATES, SCHEMES, Rates, Scheme
+from memfit.nvm.schemes import RATES, SCHEMES, WRITES, Rates, Scheme, Writes
 from memfit.nvm.worlds import SHIFT_EVERY, WORLDS, World
 from memfit.run.counts import check_count
 from memfit.weights.technology import technology
@@ -26,7 +26,8 @@ class NvmConfig:
         seed: of the offline training, the stream, the drift and the schemes' own random numbers.
         lr: learning rate of the weights; None for each scheme's own in :data:`~memfit.nvm.schemes.RATES`.
         bias_lr: the same of all other parameters.
-        period: samples between the writes of the low-rank schemes.
+        period: samples between the writes of the low-rank schemes; None for each scheme's own in
+            :data:`~memfit.nvm.schemes.WRITES`.
         memory: a preset of :data:`~memfit.weights.technology.TECHNOLOGIES`.
         samples_per_second: that lifetimes are projected for.
         model: ``package.module:function`` or ``file.py:function`` that returns a trained ``nn.Module``, which takes one
@@ -47,7 +48,7 @@ class NvmConfig:
     seed: int = 0
     lr: float | None = None
     bias_lr: float | None = None
-    period: int = PERIOD
+    period: int | None = None
     memory: str = "rram"
     samples_per_second: float = 1.0
     model: str | None = None
@@ -63,7 +64,7 @@ class NvmConfig:
                 raise MemfitError(f"a {what} is one of {', '.join(known)}, not {', '.join(unknown) or 'none'}.")
         for what, value in (
             ("number of samples", self.samples),
-            ("period", self.period),
+            ("period", 1 if self.period is None else self.period),
             ("number of steps", self.pretraining_steps),
         ):
             check_count(what, value)
@@ -89,6 +90,11 @@ class NvmConfig:
     def own(self) -> str:
         """The user's own code, as it was named."""
         return " with ".join(each for each in (self.model, self.stream) if each) or "the simulation"
+
+    def writes(self, scheme: Scheme) -> Writes | None:
+        """When a scheme writes, of those that choose it."""
+        own = WRITES.get(scheme)
+        return own if own is None or self.period is None else own._replace(period=self.period)
 
     def rates(self, scheme: Scheme) -> Rates:
         """The learning rates that a scheme is given."""

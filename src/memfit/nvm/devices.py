@@ -44,7 +44,7 @@ def run_device(
 ) -> SchemeResult:
     """Let one device see all samples, or those that its checkpoint has not; ``on_chunk`` as of ``learn_online``."""
     world, scheme = device
-    rates, learner = config.rates(scheme), _learner(config, model, scheme)
+    rates, writes, learner = config.rates(scheme), config.writes(scheme), _learner(config, model, scheme)
     record = learn_online(
         learner,
         stream,
@@ -53,7 +53,14 @@ def run_device(
         samples=config.samples,
         checkpoint=out / ONLINE / f"{world}-{scheme}.safetensors",
         resume=resume,
-        settings={**settings, "world": world, "scheme": scheme, "lr": rates.weights, "bias_lr": rates.biases},
+        settings={
+            **settings,
+            "world": world,
+            "scheme": scheme,
+            "lr": rates.weights,
+            "bias_lr": rates.biases,
+            **(writes._asdict() if writes else {}),
+        },
         on_chunk=on_chunk,
     )
     return result_of(learner, record, world=world, seed=config.seed, rates=rates, technology=technology(config.memory))
@@ -128,7 +135,7 @@ def _learner(config: NvmConfig, model: nn.Module, scheme: Scheme) -> Learner:
         config.rates(scheme),
         limit=limit,
         seed=config.seed,
-        period=config.period,
+        writes=config.writes(scheme),
         native=config.native,
     )
 

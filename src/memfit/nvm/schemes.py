@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,6 @@ TITLES: Mapping[Scheme, str] = {
 }
 
 RANK = 4  # of the low-rank schemes, as in the paper
-PERIOD = 20
-"""Samples between writes of the low-rank schemes: what is best in worlds that drift as fast as the paper's, among those
-with which the worst cell is written at most a thousandth as often as by SGD without a buffer for gradients."""
-DENSITY = 0.03  # of the cells of a weight: when fewer would change, they wait for another period
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,23 @@ RATES: Mapping[Scheme, Rates] = {
 """Each scheme's own, the best of one grid for all over the four worlds: see ``benchmarks/nvm.py``."""
 
 
+class Writes(NamedTuple):
+    """When a low-rank scheme writes.
+
+    Attributes:
+        period: samples from write to write.
+        density: of a weight's cells; where fewer would change, they wait for another period.
+    """
+
+    period: int
+    density: float
+
+
+WRITES: Mapping[Scheme, Writes] = {"low-rank": Writes(20, 0.01), "low-rank-max-norm": Writes(20, 0.03)}
+"""What is best in worlds that drift as fast as the paper's, among that with which the worst cell is written at most a
+thousandth as often as by SGD without a buffer for gradients."""
+
+
 class Learner:
     """A model on the device, and how it learns from one sample.
 
@@ -81,8 +94,7 @@ class Learner:
         rates: how fast.
         limit: of the cells; None for each layer's own. See :func:`memfit.weights.in_cells.put_in_cells_`.
         seed: of the random numbers that the scheme draws.
-        period: samples between the writes of the low-rank schemes.
-        density: the share of a weight's cells below which they write nothing.
+        writes: of the low-rank schemes; None for the scheme's own.
         native: use C++ operators where there are any; see :class:`memfit.StreamingLowRank`.
 
     Attributes:
@@ -100,8 +112,7 @@ class Learner:
         *,
         limit: float | None,
         seed: int,
-        period: int = PERIOD,
-        density: float = DENSITY,
+        writes: Writes | None = None,
         native: bool = False,
     ) -> None:
         self.model, self.scheme = model.eval(), scheme
@@ -119,6 +130,7 @@ class Learner:
         self._pixel_writes: list[PixelWrites] = []
         groups: list[dict[str, Any]] = [{"params": others, "lr": rates.biases}] if others else []
         if scheme in ("low-rank", "low-rank-max-norm"):
+            period, density = writes or WRITES[scheme]
             technique = StreamingLowRank(
                 rank=RANK,
                 period=period,

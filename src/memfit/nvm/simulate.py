@@ -131,7 +131,6 @@ def _settings(config: NvmConfig, images: Images | None) -> dict[str, JSON]:
     """What identifies the runs of all devices, without the model."""
     settings: dict[str, JSON] = {
         "seed": config.seed,
-        "period": config.period,
         "shift_every": config.shift_every,
     }
     if images is not None:
@@ -173,6 +172,7 @@ def _origin(config: NvmConfig) -> dict[str, JSON]:
         "stream": config.stream,
         "samples": config.samples,
         "pretraining_steps": config.pretraining_steps if config.model is None else None,
+        "period": config.period,
         "memory": config.memory,
     }
 
