@@ -77,8 +77,8 @@ def test_a_resumed_simulation_ends_with_the_same_report(data, tmp_path, monkeypa
     for one, other in zip(whole.results, resumed.results, strict=True):
         assert one.curve == other.curve
         assert one.cells == other.cells
-    with pytest.raises(CheckpointError, match="period was 20 and is 10"):
-        simulate(config(data, **chosen, period=10), tmp_path / "cut", resume=True)
+    with pytest.raises(CheckpointError, match="period was 10 and is 20"):
+        simulate(config(data, **chosen, period=20), tmp_path / "cut", resume=True)
 
 
 def test_devices_at_once_give_the_same_report_as_one_after_the_other(data, tmp_path):
