@@ -6,7 +6,9 @@ learns nothing else; the others then use the best, but for max-norm, which is fo
 weights, and for the low-rank schemes the samples between writes, and the share of a weight's cells below which nothing
 is written. What is best is decided by the mean over the four worlds of the moving average of accuracy at the sweep's
 end, and is the same in all worlds and for all seeds. Seeds differ in the offline training, the images, the drift, and
-the random signs. A finished run is written at once and not run again. Low rank is by its C++ operator.
+the random signs. A finished run is written at once and not run again. Low rank is by its C++ operator. Low rank with
+max-norm runs at a second setting too: the best of what writes its worst cell at most a thousandth as often as SGD does
+pixel by pixel, in each world of the sweep.
 
 SGD's writes are counted in two ways: once per sample, with a buffer as large as the weight in which a convolution's
 gradient adds up; and, as the paper does, once per pixel, without it. Low rank needs no such buffer.
@@ -59,6 +61,7 @@ WEIGHT_RATES: dict[Scheme, tuple[float, ...]] = {
 MAX_NORM_BIAS_RATE = 0.01  # where biases' gradients are divided by their largest element too; the paper's
 PERIODS: dict[Scheme, tuple[int, ...]] = {"low-rank": (10, 13, 20), "low-rank-max-norm": (10, 20)}
 DENSITIES: dict[Scheme, tuple[float, ...]] = {"low-rank": (0.01, 0.03), "low-rank-max-norm": (0.03, 0.1, 0.2)}
+SHARE = 1 / 1000  # of SGD's writes pixel by pixel: what the second setting of low rank with max-norm may write
 KINDS = 4  # of shifts: each run sees all of them
 
 
@@ -121,7 +124,8 @@ def online(setting: Setting) -> dict[str, Any]:
     result = result_of(
         learner, record, world=setting.world, seed=setting.seed, rates=rates, technology=TECHNOLOGIES["rram"]
     )
-    return {**result.to_dict(samples_per_second=1.0), "period": setting.period, "density": setting.density}
+    how = {"period": setting.period, "density": setting.density, "native": setting.period > 0}
+    return {**result.to_dict(samples_per_second=1.0), **how}
 
 
 def main() -> None:
@@ -152,9 +156,9 @@ def main() -> None:
                 keep(pending[run], run.result())
 
         def swept(
-            candidates: list[tuple[Scheme, Settings]],
+            candidates: list[tuple[Scheme, Settings]], limits: dict[World, float] | None = None
         ) -> dict[Scheme, Settings]:
-            """The best candidate of each scheme."""
+            """The best candidate of each scheme, of those that keep within the limits of writes."""
             of = {
                 (scheme, rates): {world: make(world, scheme, SWEEP_SEED, SWEEP_SAMPLES, *rates) for world in WORLDS}
                 for scheme, rates in candidates
@@ -169,8 +173,10 @@ def main() -> None:
             all_of(online, (setting for setting in settings if setting.key not in sweep), keep)
             means: dict[Scheme, dict[Settings, float]] = {}
             for (scheme, rates), by_world in of.items():
-                mean = fmean(sweep[setting.key]["final_accuracy"] for setting in by_world.values())
-                means.setdefault(scheme, {})[rates] = mean
+                results = {world: sweep[setting.key] for world, setting in by_world.items()}
+                if limits and any(each["worst_cell_writes"] > limits[world] for world, each in results.items()):
+                    continue
+                means.setdefault(scheme, {})[rates] = fmean(each["final_accuracy"] for each in results.values())
             return {scheme: max(of, key=of.__getitem__) for scheme, of in means.items()}
 
         all_of(
@@ -181,15 +187,17 @@ def main() -> None:
         best = swept([("bias", (0.0, rate, 0, 0.0)) for rate in BIAS_RATES])
         bias_rate = best["bias"][1]
         best |= swept([("sgd", (rate, bias_rate, 0, 0.0)) for rate in WEIGHT_RATES["sgd"]])
-        best |= swept(
-            [
-                (scheme, (rate, of_biases, period, density))
-                for scheme, of_biases in (("low-rank", bias_rate), ("low-rank-max-norm", MAX_NORM_BIAS_RATE))
-                for rate in WEIGHT_RATES[scheme]
-                for period in PERIODS[scheme]
-                for density in DENSITIES[scheme]
-            ]
-        )
+        low_rank = [
+            (scheme, (rate, of_biases, period, density))
+            for scheme, of_biases in (("low-rank", bias_rate), ("low-rank-max-norm", MAX_NORM_BIAS_RATE))
+            for rate in WEIGHT_RATES[scheme]
+            for period in PERIODS[scheme]
+            for density in DENSITIES[scheme]
+        ]
+        best |= swept(low_rank)
+        sgd = {world: sweep[make(world, "sgd", SWEEP_SEED, SWEEP_SAMPLES, *best["sgd"]).key] for world in WORLDS}
+        limits = {world: SHARE * result["worst_cell_writes_by_pixel"] for world, result in sgd.items()}
+        rare = swept(low_rank, limits)["low-rank-max-norm"]
         best["inference"] = (0.0, 0.0, 0, 0.0)
         show_sweep(sweep)
 
@@ -204,10 +212,14 @@ def main() -> None:
             for seed in SEEDS
             for world in WORLDS
         ]
-        all_of(online, (setting for setting in settings if setting.key not in runs), keep)
+        of_rare = [make(world, "low-rank-max-norm", seed, options.samples, *rare) for seed in SEEDS for world in WORLDS]
+        all_of(online, (setting for setting in [*settings, *of_rare] if setting.key not in runs), keep)
     chosen = {setting.key: runs[setting.key] for setting in settings}
-    write(chosen, sweep, options.samples, {scheme: best[scheme] for scheme in SCHEMES})
+    rarely = {setting.key: runs[setting.key] for setting in of_rare}
+    write(chosen, sweep, options.samples, {scheme: best[scheme] for scheme in SCHEMES}, rarely)
     show(list(chosen.values()))
+    print("\nlow rank with max-norm, within a thousandth of SGD's writes in the sweep:")
+    show([*(run for run in chosen.values() if run["scheme"] != "low-rank-max-norm"), *rarely.values()])
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(draw([as_result(run) for run in chosen.values()]))
 
@@ -275,6 +287,7 @@ def write(
     sweep: dict[str, dict[str, float]],
     samples: int,
     best: dict[Scheme, Any] | None = None,
+    rarely: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     about = {
         "samples": samples,
@@ -282,7 +295,6 @@ def write(
         "rank": RANK,
         "shift_every": samples // KINDS // 100 * 100,
         "sweep": {"seed": SWEEP_SEED, "samples": SWEEP_SAMPLES},
-        "native": True,
         "torch": torch.__version__,
     }
     settings = best and {
@@ -293,6 +305,7 @@ def write(
         "about": about,
         "settings": settings,
         "summary": summary(list(runs.values())) if best else None,
+        "within_a_thousandth_in_the_sweep": rarely,
         "milliseconds_per_sample": before.get("milliseconds_per_sample"),
         "sweep": dict(sorted(sweep.items())),
         "runs": dict(sorted(runs.items())),

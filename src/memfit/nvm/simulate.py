@@ -172,7 +172,7 @@ def _origin(config: NvmConfig) -> dict[str, JSON]:
         "stream": config.stream,
         "samples": config.samples,
         "pretraining_steps": config.pretraining_steps if config.model is None else None,
-        "period": config.period,
+        "writes": {scheme: own._asdict() for scheme in config.schemes if (own := config.writes(scheme))},
         "memory": config.memory,
     }
 
