@@ -370,3 +370,12 @@ def test_standard_streams_that_are_closed_are_no_error(folder, base, closed):
     command = [sys.executable, "-c", "from memfit.cli.app import main; main()", "transcribe", "--model", base]
     shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *map(str, command), str(folder / "0.wav")]
     assert subprocess.run(shell, env=ONE_THREAD, capture_output=True, check=False).returncode == 0
+
+
+def test_a_warning_of_a_command_is_one_sentence():
+    script = (
+        "import warnings, memfit.cli.app as cli; "
+        "cli.app = lambda: warnings.warn('nothing was written.', RuntimeWarning); cli.main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], env=ONE_THREAD, capture_output=True, text=True, check=True)
+    assert ran.stderr == "warning: nothing was written.\n"

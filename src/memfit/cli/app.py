@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -81,4 +82,9 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started it
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    warnings.formatwarning = _sentence
     app()
+
+
+def _sentence(message: Warning | str, *where: object, **line: object) -> str:
+    return f"warning: {message}\n"
