@@ -372,7 +372,10 @@ def test_max_norm_divides_by_the_bias_corrected_average_where_that_is_larger() -
     assert max_norm(0.0, 0.0, 1)[0] == 1e-4
 
 
-@pytest.mark.parametrize("settings", [{}, {"factor_bits": None}, EXACT, {"activation_bits": 8, "gradient_bits": 8}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"factor_bits": None}, EXACT, {"activation_bits": 8, "gradient_bits": 8}, {"min_agreement": 0.05}],
+)
 def test_a_loaded_state_resumes_with_the_same_bits(net: Net, settings: dict[str, Any]) -> None:
     technique = memfit.StreamingLowRank(rank=2, period=3, **settings)
     other = copy.deepcopy(net)
@@ -417,7 +420,7 @@ def test_fit_resumes_exactly(net: Net, tmp_path: Any) -> None:
     same(models[0], model)
 
 
-@pytest.mark.parametrize("settings", [{}, EXACT])
+@pytest.mark.parametrize("settings", [{}, EXACT, {"min_agreement": 0.05}])
 def test_copies_and_pickles_learn_on_like_the_original(net: Net, settings: dict[str, Any]) -> None:
     memfit.convert_(net, memfit.StreamingLowRank(rank=2, period=2, **settings))
     learn(net, torch.optim.SGD(net.parameters(), lr=0.1), samples(3))

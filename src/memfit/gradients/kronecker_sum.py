@@ -18,7 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ _LARGEST = 2**15 - 1  # of 16 bits with a sign
 _SMALL, _FEW = 2**13, 20
 
 
+_Result = TypeVar("_Result")
 _without_warnings = np.errstate(all="ignore")  # numbers that are not finite are told of in words
 
 
@@ -160,14 +161,14 @@ class KroneckerSum(nn.Module):
             raise ValueError(f"a matrix of {tuple(matrix.shape)} does not fit one of {self.shape}.")
         return self._exactly(self._add_matrix, matrix)
 
-    def _exactly(self, add: Callable[..., bool], *terms: Tensor) -> bool:
+    def _exactly(self, work: Callable[..., _Result], *terms: Tensor) -> _Result:
         """Without a graph, and without autocast, which would round products."""
-        device = terms[0].device.type
+        device = self._stored()[0].device.type
         terms = tuple((each if each.dtype == self.dtype else each.to(self.dtype)).resolve_neg() for each in terms)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
-            return add(*terms)
+            return work(*terms)
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            return add(*terms)
+            return work(*terms)
 
     def _add_rows(self, left: Tensor, right: Tensor) -> bool:
         if self.takes_matrix and self.rank + len(left) >= min(self.shape):
@@ -241,6 +242,28 @@ class KroneckerSum(nn.Module):
         """The factors, and the scales of 16-bit ones."""
         # Not by attribute, which is slow in a module.
         return [each for each in self._buffers.values() if each is not None]
+
+    def inner_rows(self, left: Tensor, right: Tensor) -> float:
+        """The inner product of the sum with ``left^T right``, terms as :meth:`add_rows` takes them."""
+        return self._exactly(self._inner, left, right)
+
+    def inner_matrix(self, matrix: Tensor) -> float:
+        """The inner product of the sum with a matrix (rows, columns)."""
+        return self._exactly(self._inner, matrix)
+
+    def squared_norm(self) -> float:
+        """The inner product of the sum with itself."""
+        return self._exactly(self._inner)
+
+    @_without_warnings
+    def _inner(self, *terms: Tensor) -> float:
+        """That of the sum with itself, with a matrix, or with terms as rows."""
+        numbers = max(each.numel() for each in (*self._stored(), *terms))
+        left, right, *others = self._arrays(self._is_small(numbers, 1), *terms)
+        if len(others) == 1:
+            return float(((left @ others[0]) * right).sum())
+        of_left, of_right = others or (left, right)
+        return float(((of_left @ left.T) * (of_right @ right.T)).sum())
 
     @torch.no_grad()
     def reset(self) -> None:

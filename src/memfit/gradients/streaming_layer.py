@@ -97,7 +97,8 @@ class StreamingLayer(MatrixLayer, Watcher):
         matrices, bits = cast(nn.ModuleDict, self._modules["streaming"]), self.technique.gradient_bits
         matrix = cast(StreamingMatrix, matrices._modules["weight"])
         levels = None if bits is None else (bits, *GRADIENT_RANGE)
-        return streaming(x, matrix.effective(), self.bias, operator, matrix.terms, matrix.note, levels)
+        agreement = matrix.min_agreement is not None
+        return streaming(x, matrix.effective(), self.bias, operator, matrix.terms, matrix.note, levels, agreement)
 
     def quantized(self, x: Tensor) -> Tensor:
         """The input as the layer reads it."""

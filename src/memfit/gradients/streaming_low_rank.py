@@ -41,6 +41,10 @@ class StreamingLowRank(Technique):
         min_write_density: a share of the weight's cells. When fewer would change, nothing is written and the sum goes
             on for another period. Without ``max_norm`` a mean over n steps is applied with the learning rate times
             sqrt(n / period).
+        min_agreement: at most 1. With the sum S, nothing is written either, and the sum goes on, while twice the inner
+            products of each backward pass's gradient with the sum before it, added up, are less than this share of
+            |S|^2. The products are 0 on average where nothing but noise is left, and the share nears 1 where gradients
+            are all alike; 0 to 0.05 suits single samples. None: not asked for.
         weight_bits: of the cells that hold a weight; the conversion rounds it to them. None: not quantized, and always
             written.
         weight_range: weights are in [-range, range), a power of two. None: the smallest that holds the layer's weights.
@@ -76,6 +80,7 @@ class StreamingLowRank(Technique):
     unbiased: bool = True
     max_norm: bool = True
     min_write_density: float = 0.01
+    min_agreement: float | None = None
     weight_bits: int | None = 8
     weight_range: float | None = None
     bias_bits: int | None = 16
@@ -111,6 +116,9 @@ class StreamingLowRank(Technique):
             raise ConversionError(
                 f"min_write_density={self.min_write_density!r} is not possible: give a share of the cells, 0 to 1."
             )
+        share = self.min_agreement
+        if share is not None and not (isinstance(share, int | float) and -1 <= share <= 1):
+            raise ConversionError(f"min_agreement={share!r} is not possible: give a number from -1 to 1, or None.")
         reach = self.weight_range
         if reach is not None and not (
             isinstance(reach, int | float) and 0 < reach < math.inf and math.frexp(reach)[0] == 0.5

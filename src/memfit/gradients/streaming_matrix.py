@@ -9,6 +9,14 @@ fewer cells would change than is worth a write, nothing is written, and G goes o
 makes up for the larger batch, as is usual for batches. With max-norm the step has its size whatever the batch: were it
 larger for a sum that was not worth a write, that would be written soon all the same.
 
+A sum may also have to agree with itself before it is written. With S_i the sum after i backward passes, and G_i the
+gradient of the i-th, an exact or unbiased sum has, noise of the reductions aside,
+
+    |S_n|^2 = sum_i |G_i|^2 + 2 sum_i <S_(i-1), G_i>.
+
+The last part has mean zero when the gradients are independent and have none in common: its share of the whole tells a
+direction that samples have in common from a sum of noise.
+
 Source: Gural, Nadeau, Tikekar, Murmann, "Low-Rank Training of Deep Neural Networks for Emerging Memory Technology",
 arXiv 2009.03887. There the root is for max-norm too.
 """
@@ -48,6 +56,7 @@ class StreamingMatrix(WeightMatrix, Watcher):
         terms: the sum.
         cells: what holds the weight, with the Parameter as its ``values``; None when it is not quantized.
         samples: steps of the optimizer since the last write.
+        agreement: of the gradients since then, each with the sum of those before it: their inner products, added up.
     """
 
     terms: KroneckerSum
@@ -60,10 +69,12 @@ class StreamingMatrix(WeightMatrix, Watcher):
         self.period = technique.period
         self.max_norm = technique.max_norm
         self.min_write_density = technique.min_write_density
+        self.min_agreement = technique.min_agreement
         self.name = name
         self.samples = 0
         self.attempts = 0  # writes, and those that were put off
         self.average = 0.0  # of the gradients' largest elements
+        self.agreement = 0.0
         rows = weight.shape[0]
         self.terms = KroneckerSum(
             rows,
@@ -103,9 +114,11 @@ class StreamingMatrix(WeightMatrix, Watcher):
         weight.grad = None
         return weight
 
-    def note(self, added: bool) -> None:
-        """Tell the user that a sample was left out, when it was."""
-        if not added:
+    def note(self, added: bool, agreement: float) -> None:
+        """Add up how gradients agree; tell the user that a sample was left out, when it was."""
+        if added:
+            self.agreement += agreement if math.isfinite(agreement) else 0.0
+        else:
             warnings.warn(
                 f"a gradient of {self.name} is not finite and was left out of its sum.", RuntimeWarning, stacklevel=2
             )
@@ -124,13 +137,15 @@ class StreamingMatrix(WeightMatrix, Watcher):
         self.samples += 1
         if self.samples % self.period == 0 and self._write(_learning_rate(self.effective(), optimizer)):
             self.terms.reset()
-            self.samples = 0
+            self.samples, self.agreement = 0, 0.0
 
     @torch.no_grad()
     def _write(self, lr: float) -> bool:
         """Apply the sum, if enough cells change by it; whether it was."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _refuse_several_processes(torch.distributed.get_world_size())
+        if not self._agrees():
+            return False
         self.attempts += 1
         size = lr / self.samples
         blocks = self._blocks()
@@ -168,6 +183,12 @@ class StreamingMatrix(WeightMatrix, Watcher):
             self._warn_of_small_steps(lr, self.cells.step)
         return written
 
+    def _agrees(self) -> bool:
+        """Whether enough of the sum is what its samples agree in."""
+        if self.min_agreement is None:
+            return True
+        return 2 * self.agreement >= self.min_agreement * self.terms.squared_norm()
+
     def _warn_of_small_steps(self, lr: float, step: float) -> None:
         if self.max_norm and not self.warned and 0 < abs(lr) < step / 2:
             self.warned = True
@@ -185,10 +206,10 @@ class StreamingMatrix(WeightMatrix, Watcher):
         return [(start, min(start + several, rows)) for start in range(0, rows, several)]
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.samples, self.attempts, self.average], dtype=torch.float64)
+        return torch.tensor([self.samples, self.attempts, self.average, self.agreement], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        samples, attempts, self.average = state.tolist()
+        samples, attempts, self.average, self.agreement = state.tolist()
         self.samples, self.attempts = int(samples), int(attempts)
 
 

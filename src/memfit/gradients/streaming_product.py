@@ -14,8 +14,30 @@ from memfit.gradients.convolution import Geometry
 from memfit.gradients.kronecker_sum import KroneckerSum
 from memfit.weights.quantize import quantize
 
-Wanted = tuple[bool, bool, bool]
-"""Which gradients are wanted: of the input, of the weight, of the bias."""
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted, and whether the agreement of the weight's with the sum."""
+
+    of_input: bool
+    of_weight: bool
+    of_bias: bool
+    agreement: bool
+
+
+class Gradients(NamedTuple):
+    """What a backward pass gives.
+
+    Attributes:
+        of_input: None where it is not wanted.
+        of_bias: the same.
+        added: whether the weight's was finite, and so was added to the sum.
+        agreement: the inner product of the weight's gradient with the sum before it; 0 where it is not wanted.
+    """
+
+    of_input: Tensor | None
+    of_bias: Tensor | None
+    added: bool = True
+    agreement: float = 0.0
 
 
 class Operator(Protocol):
@@ -23,10 +45,8 @@ class Operator(Protocol):
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
-    def gradients(
-        self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor, wanted: Wanted
-    ) -> tuple[Tensor | None, bool, Tensor | None]:
-        """The input's gradient; add the weight's to ``total``, and whether that was finite; the bias's gradient."""
+    def gradients(self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
+        """Add the weight's gradient to ``total``, and return the others."""
         ...
 
 
@@ -36,11 +56,13 @@ class Linear(NamedTuple):
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def gradients(
-        self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor, wanted: Wanted
-    ) -> tuple[Tensor | None, bool, Tensor | None]:
-        finite = total.add_rows(d, x) if wanted[1] else True
-        return d @ weight if wanted[0] else None, finite, d.sum(0) if wanted[2] else None
+    def gradients(self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
+        of_input = d @ weight if wanted.of_input else None
+        of_bias = d.sum(0) if wanted.of_bias else None
+        if not wanted.of_weight:
+            return Gradients(of_input, of_bias)
+        agreement = total.inner_rows(d, x) if wanted.agreement else 0.0
+        return Gradients(of_input, of_bias, total.add_rows(d, x), agreement)
 
 
 class Convolution(NamedTuple):
@@ -51,20 +73,29 @@ class Convolution(NamedTuple):
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(x, weight, bias, *self.by.arguments)
 
-    def gradients(
-        self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor, wanted: Wanted
-    ) -> tuple[Tensor | None, bool, Tensor | None]:
-        whole = wanted[1] and total.takes_matrix  # then the gradient is no larger than a block of terms would be
-        mask = (wanted[0], whole, wanted[2])
-        sizes = [len(weight)] if wanted[2] else None
+    def gradients(self, total: KroneckerSum, d: Tensor, x: Tensor, weight: Tensor, wanted: Wanted) -> Gradients:
+        whole = wanted.of_weight and total.takes_matrix  # then the gradient is no larger than a block of terms would be
+        mask = (wanted.of_input, whole, wanted.of_bias)
+        sizes = [len(weight)] if wanted.of_bias else None
         dx, dweight, dbias = torch.ops.aten.convolution_backward(d, x, weight, sizes, *self.by.arguments, mask)
-        finite = True
+        if not wanted.of_weight:
+            return Gradients(dx, dbias)
+        agreement = 0.0
         if whole:
-            finite = total.add_matrix(dweight.flatten(1))
-        elif wanted[1]:
-            for some, patches in self._terms(d, x, (weight.shape[2], weight.shape[3]), total.block):
-                finite &= total.add_rows(some, patches)
-        return dx, finite, dbias
+            matrix = dweight.flatten(1)
+            agreement = total.inner_matrix(matrix) if wanted.agreement else 0.0
+            return Gradients(dx, dbias, total.add_matrix(matrix), agreement)
+        if wanted.agreement:
+            agreement = self._inner(total, d, x, weight.shape)
+        blocks = self._terms(d, x, (weight.shape[2], weight.shape[3]), total.block)
+        return Gradients(dx, dbias, min([total.add_rows(*block) for block in blocks], default=True), agreement)
+
+    def _inner(self, total: KroneckerSum, d: Tensor, x: Tensor, shape: torch.Size) -> float:
+        """The inner product of the sum with the gradient, of which no more is made than maps of as many channels as the
+        sum has terms."""
+        left, right = (each.to(d.dtype) for each in total.factors())
+        read = torch.convolution(x, right.t().reshape(-1, *shape[1:]), None, *self.by.arguments).flatten(2)
+        return float((read * (left.t() @ d.flatten(2))).sum(dtype=total.dtype))
 
     def _terms(self, d: Tensor, x: Tensor, kernel: tuple[int, int], block: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(b, C_out) and (b, C_in taps) for up to ``block`` pixels at a time, all of one image."""
@@ -85,8 +116,9 @@ def streaming(
     bias: Tensor | None,
     operator: Operator,
     total: KroneckerSum,
-    note: Callable[[bool], None],
+    note: Callable[[bool, float], None],
     gradient_levels: tuple[int, float, float] | None = None,
+    agreement: bool = False,
 ) -> Tensor:
     """``operator.output(x, weight, bias)``, whose backward adds to ``total`` what would be the weight's gradient.
 
@@ -96,8 +128,9 @@ def streaming(
         bias: or None.
         operator: what to compute.
         total: of the weight's shape as a matrix.
-        note: is told in backward whether the gradient was finite, and added.
+        note: is told in backward whether the gradient was finite, and added; and its agreement with the sum before.
         gradient_levels: bits and range to quantize the output's gradient to before anything else is made of it.
+        agreement: compute it; else it is 0.
 
     Returns:
         The output, of autocast's dtype where that is on. It can be differentiated once.
@@ -109,10 +142,10 @@ def streaming(
     if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
         if x.dtype != weight.dtype:
             raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
-        return _Streaming.apply(x, weight, bias, operator, total, note, gradient_levels)
+        return _Streaming.apply(x, weight, bias, operator, total, note, gradient_levels, agreement)
     x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _Streaming.apply(x, weight, bias, operator, total, note, gradient_levels)
+        return _Streaming.apply(x, weight, bias, operator, total, note, gradient_levels, agreement)
 
 
 class _Streaming(torch.autograd.Function):
@@ -124,11 +157,12 @@ class _Streaming(torch.autograd.Function):
         bias: Tensor | None,
         operator: Operator,
         total: KroneckerSum,
-        note: Callable[[bool], None],
+        note: Callable[[bool, float], None],
         gradient_levels: tuple[int, float, float] | None,
+        agreement: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.rest = operator, total, note, gradient_levels
+        ctx.rest = operator, total, note, gradient_levels, agreement
         ctx.bias_dtype = None if bias is None else bias.dtype
         return operator.output(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -144,12 +178,13 @@ class _Streaming(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        operator, total, note, gradient_levels = ctx.rest
+        operator, total, note, gradient_levels, agreement = ctx.rest
         if gradient_levels is not None:
             d = quantize(d, *gradient_levels)
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         # In a few bits, a sample that the model is sure of has no gradient at all.
-        wanted = (of_x, of_weight and bool(d.any()), of_bias)
-        dx, finite, dbias = operator.gradients(total, d, x, weight.to(d.dtype), wanted)
-        note(finite)
-        return dx, None, None if dbias is None else dbias.to(ctx.bias_dtype), None, None, None, None
+        wanted = Wanted(of_x, of_weight and bool(d.any()), of_bias, agreement)
+        found = operator.gradients(total, d, x, weight.to(d.dtype), wanted)
+        note(found.added, found.agreement)
+        dbias = None if found.of_bias is None else found.of_bias.to(ctx.bias_dtype)
+        return found.of_input, None, dbias, None, None, None, None, None

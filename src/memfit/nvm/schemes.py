@@ -72,10 +72,15 @@ class Writes(NamedTuple):
     Attributes:
         period: samples from write to write.
         density: of a weight's cells; where fewer would change, they wait for another period.
+        agreement: of the samples of a sum; where there is less, they wait too. None: not asked for. See
+            :class:`memfit.StreamingLowRank`.
+        unbiased: the estimator of the sums.
     """
 
     period: int
     density: float
+    agreement: float | None = None
+    unbiased: bool = True
 
 
 WRITES: Mapping[Scheme, Writes] = {"low-rank": Writes(10, 0.03), "low-rank-max-norm": Writes(10, 0.1)}
@@ -129,12 +134,14 @@ class Learner:
         self._pixel_writes: list[PixelWrites] = []
         groups: list[dict[str, Any]] = [{"params": others, "lr": rates.biases}] if others else []
         if scheme in ("low-rank", "low-rank-max-norm"):
-            period, density = writes or WRITES[scheme]
+            when = writes or WRITES[scheme]
             technique = StreamingLowRank(
                 rank=RANK,
-                period=period,
+                period=when.period,
+                unbiased=when.unbiased,
                 max_norm=scheme == "low-rank-max-norm",
-                min_write_density=density,
+                min_write_density=when.density,
+                min_agreement=when.agreement,
                 weight_range=limit,
                 bias_bits=None,
                 seed=seed,
