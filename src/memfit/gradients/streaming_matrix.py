@@ -61,7 +61,10 @@ class StreamingMatrix(WeightMatrix, Watcher):
 
     terms: KroneckerSum
     cells: CellArray | None
+    # Of matrices from files of earlier versions, too.
     warned = False  # of steps that are too small
+    min_agreement: float | None = None
+    agreement = 0.0
 
     def __init__(self, weight: nn.Parameter, technique: StreamingLowRank, name: str) -> None:
         super().__init__()
@@ -74,7 +77,6 @@ class StreamingMatrix(WeightMatrix, Watcher):
         self.samples = 0
         self.attempts = 0  # writes, and those that were put off
         self.average = 0.0  # of the gradients' largest elements
-        self.agreement = 0.0
         rows = weight.shape[0]
         self.terms = KroneckerSum(
             rows,
@@ -209,7 +211,8 @@ class StreamingMatrix(WeightMatrix, Watcher):
         return torch.tensor([self.samples, self.attempts, self.average, self.agreement], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        samples, attempts, self.average, self.agreement = state.tolist()
+        samples, attempts, self.average, *agreement = state.tolist()
+        self.agreement = sum(agreement)  # of which earlier versions had none
         self.samples, self.attempts = int(samples), int(attempts)
 
 
