@@ -350,6 +350,8 @@ def show_sweep(sweep: dict[str, dict[str, float]]) -> None:
         f"{'scheme/lr/bias lr/period/density/samples/seed':64}" + "".join(f"{world:>16}" for world in (*WORLDS, "mean"))
     )
     for rest, of in sorted(rows.items()):
+        if len(of) < len(WORLDS):  # of a sweep that was stopped
+            continue
         cells = [f"{of[world]['final_accuracy']:.1%} {of[world]['worst_cell_writes']:6,.0f}" for world in WORLDS]
         mean = fmean(result["final_accuracy"] for result in of.values())
         print(f"{rest:64}" + "".join(f"{cell:>16}" for cell in cells) + f"{mean:>16.1%}")
