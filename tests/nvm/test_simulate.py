@@ -77,7 +77,7 @@ def test_a_resumed_simulation_ends_with_the_same_report(data, tmp_path, monkeypa
     for one, other in zip(whole.results, resumed.results, strict=True):
         assert one.curve == other.curve
         assert one.cells == other.cells
-    with pytest.raises(CheckpointError, match="period was 10 and is 20"):
+    with pytest.raises(CheckpointError, match="period was 8 and is 20"):
         simulate(config(data, **chosen, period=20), tmp_path / "cut", resume=True)
 
 
