@@ -372,10 +372,14 @@ def test_standard_streams_that_are_closed_are_no_error(folder, base, closed):
     assert subprocess.run(shell, env=ONE_THREAD, capture_output=True, check=False).returncode == 0
 
 
-def test_a_warning_of_a_command_is_one_sentence():
+def test_a_warning_of_ours_is_one_sentence_in_a_command():
     script = (
-        "import warnings, memfit.cli.app as cli; "
-        "cli.app = lambda: warnings.warn('nothing was written.', RuntimeWarning); cli.main()"
+        "import memfit.cli.app as cli, memfit.native as native, sys; "
+        "where = lambda name: warnings.warn_explicit('nothing was written.', RuntimeWarning, name, 1); "
+        "import warnings; cli.app = lambda: where(sys.argv[1] or native.__file__); cli.main()"
     )
-    ran = subprocess.run([sys.executable, "-c", script], env=ONE_THREAD, capture_output=True, text=True, check=True)
-    assert ran.stderr == "warning: nothing was written.\n"
+    found = []
+    for name in ("", "theirs.py"):
+        command = [sys.executable, "-c", script, name]
+        found.append(subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=True).stderr)
+    assert found == ["warning: nothing was written.\n", "theirs.py:1: RuntimeWarning: nothing was written.\n"]

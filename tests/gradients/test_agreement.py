@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import memfit
+from memfit.gradients.convolution import Geometry
 from memfit.gradients.kronecker_sum import KroneckerSum
 from memfit.gradients.streaming_matrix import StreamingMatrix
+from memfit.gradients.streaming_product import Convolution, Wanted
 
 EXACT: dict[str, Any] = {"weight_bits": None, "bias_bits": None, "factor_bits": None, "min_write_density": 0.0}
 
@@ -154,7 +156,48 @@ def test_without_a_gradient_nothing_is_written() -> None:
         assert step(layer, optimizer, torch.zeros(1, 6), torch.zeros(1, 5)) == 0
 
 
-@pytest.mark.parametrize("share", [math.nan, 1.5, -2, "0.1"])
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_a_sum_that_waited_does_not_go_deaf(share: float | None, unbiased: bool) -> None:
+    """A few contrary samples fill the only rank; then come smaller ones elsewhere, all alike."""
+    layer = nn.Linear(6, 5, bias=False)
+    nn.init.zeros_(layer.weight)
+    technique = memfit.StreamingLowRank(
+        rank=1, period=2, unbiased=unbiased, min_agreement=share, min_write_density=0.01, weight_range=1.0
+    )
+    memfit.convert_(layer, technique)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    here, there = torch.eye(6)[:1], torch.eye(6)[1:2]
+    for sign in (10.0, -9.0):
+        step(layer, optimizer, here, sign * torch.eye(5)[:1])
+    for _ in range(200):
+        step(layer, optimizer, there, torch.eye(5)[1:2])
+    assert int(matrix_of(layer).cells.writes[1, 1]) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1.0, 1e3])
+def test_inner_products_of_a_convolution_are_in_the_sums_dtype(dtype: torch.dtype, size: float) -> None:
+    torch.manual_seed(0)
+    total, weight = InBlocks(8, 36, rank=3), torch.zeros(8, 4, 3, 3)
+    x, d = torch.rand(2, 4, 9, 9).to(dtype), (size * torch.rand(2, 8, 7, 7)).to(dtype)
+    total.add_rows(torch.rand(9, 8), torch.rand(9, 36))
+    left, right = (each.double() for each in total.factors())
+    dweight = torch.nn.grad.conv2d_weight(x.double(), weight.shape, d.double()).flatten(1)
+    convolution = Convolution(Geometry((1, 1), (0, 0), (1, 1)))
+    found = convolution.gradients(total, d, x, weight.to(dtype), Wanted(False, True, False, agreement=True))
+    assert math.isclose(found.agreement, float((left @ right.t() * dweight).sum()), rel_tol=1e-5)
+
+
+def test_terms_that_do_not_fit_are_refused() -> None:
+    total = KroneckerSum(6, 1, 1)
+    with pytest.raises(ValueError, match="do not pair"):
+        total.inner_rows(torch.ones(3, 6), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="does not fit"):
+        total.inner_matrix(torch.ones(6, 3))
+
+
+@pytest.mark.parametrize("share", [math.nan, 1, 1.5, -2, "0.1", True])
 def test_a_share_out_of_range_is_refused(share: Any) -> None:
-    with pytest.raises(memfit.ConversionError, match=r"min_agreement=.* is not possible: give a number from -1 to 1"):
+    with pytest.raises(memfit.ConversionError, match=r"min_agreement=.* is not possible: give a number from -1 to"):
         memfit.StreamingLowRank(min_agreement=share)

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -82,9 +83,18 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started it
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    warnings.formatwarning = _sentence
+    warnings.formatwarning = _formatted
     app()
 
 
-def _sentence(message: Warning | str, *where: object, **line: object) -> str:
-    return f"warning: {message}\n"
+_with_its_line = warnings.formatwarning
+_PACKAGE = Path(__file__).parents[1]
+
+
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Memfit's own warnings as sentences; what others warn of, with where."""
+    if Path(filename).is_relative_to(_PACKAGE):
+        return f"warning: {message}\n"
+    return _with_its_line(message, category, filename, lineno, line)

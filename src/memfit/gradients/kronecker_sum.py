@@ -146,6 +146,15 @@ class KroneckerSum(nn.Module):
 
     def add_rows(self, left: Tensor, right: Tensor) -> bool:
         """Add ``left^T right``, for (b, rows) and (b, columns), as layers have them; see :meth:`add`."""
+        self._check_rows(left, right)
+        return self._exactly(self._add_rows, left, right)
+
+    def add_matrix(self, matrix: Tensor) -> bool:
+        """Add a whole matrix (rows, columns), for those who have one anyway; see :meth:`add`."""
+        self._check_matrix(matrix)
+        return self._exactly(self._add_matrix, matrix)
+
+    def _check_rows(self, left: Tensor, right: Tensor) -> None:
         if left.shape != (len(left), self.shape[0]) or right.shape != (len(right), self.shape[1]):
             raise ValueError(
                 f"terms of {tuple(left.shape[1:])} and {tuple(right.shape[1:])} numbers do not fit a matrix of "
@@ -153,13 +162,10 @@ class KroneckerSum(nn.Module):
             )
         if len(left) != len(right):
             raise ValueError(f"{len(left)} terms on the left and {len(right)} on the right do not pair.")
-        return self._exactly(self._add_rows, left, right)
 
-    def add_matrix(self, matrix: Tensor) -> bool:
-        """Add a whole matrix (rows, columns), for those who have one anyway; see :meth:`add`."""
+    def _check_matrix(self, matrix: Tensor) -> None:
         if matrix.shape != self.shape:
             raise ValueError(f"a matrix of {tuple(matrix.shape)} does not fit one of {self.shape}.")
-        return self._exactly(self._add_matrix, matrix)
 
     def _exactly(self, work: Callable[..., _Result], *terms: Tensor) -> _Result:
         """Without a graph, and without autocast, which would round products."""
@@ -244,11 +250,13 @@ class KroneckerSum(nn.Module):
         return [each for each in self._buffers.values() if each is not None]
 
     def inner_rows(self, left: Tensor, right: Tensor) -> float:
-        """The inner product of the sum with ``left^T right``, terms as :meth:`add_rows` takes them."""
+        """The inner product of the sum with ``left^T right``, terms as :meth:`add_rows` takes and refuses them."""
+        self._check_rows(left, right)
         return self._exactly(self._inner, left, right)
 
     def inner_matrix(self, matrix: Tensor) -> float:
         """The inner product of the sum with a matrix (rows, columns)."""
+        self._check_matrix(matrix)
         return self._exactly(self._inner, matrix)
 
     def squared_norm(self) -> float:

@@ -35,16 +35,17 @@ class StreamingLowRank(Technique):
         rank: r, from 1 to the smaller side of every matrix converted.
         period: B, steps of the optimizer from write to write; in an online loop, one step is one sample.
         unbiased: keep what the sum has above the rank as noise of mean zero; else the best approximation, of which
-            what does not fit is lost.
+            what does not fit is lost. A biased sum that was not written in ten periods starts anew.
         max_norm: divide the mean by its largest element, or by the moving average of those where that is larger:
             ``lr`` is then by how much the weight that moves most does.
         min_write_density: a share of the weight's cells. When fewer would change, nothing is written and the sum goes
             on for another period. Without ``max_norm`` a mean over n steps is applied with the learning rate times
             sqrt(n / period).
-        min_agreement: at most 1. With the sum S, nothing is written either, and the sum goes on, while twice the inner
-            products of each backward pass's gradient with the sum before it, added up, are less than this share of
-            |S|^2. The products are 0 on average where nothing but noise is left, and the share nears 1 where gradients
-            are all alike; 0 to 0.05 suits single samples. None: not asked for.
+        min_agreement: from -1 to below 1. With the sum S, nothing is written either, and the sum goes on, while twice
+            the inner products of each gradient with the sum before it, added up, are less than this share of |S|^2.
+            They are 0 on average where nothing but noise is left: at 0 half of such sums are held back, at 0.05 nearly
+            all. Of n gradients that are all alike the share is (n - 1) / n. A gradient is that of one use of the layer
+            in one backward pass: a layer that is used twice for a sample agrees with itself. None: not asked for.
         weight_bits: of the cells that hold a weight; the conversion rounds it to them. None: not quantized, and always
             written.
         weight_range: weights are in [-range, range), a power of two. None: the smallest that holds the layer's weights.
@@ -117,8 +118,10 @@ class StreamingLowRank(Technique):
                 f"min_write_density={self.min_write_density!r} is not possible: give a share of the cells, 0 to 1."
             )
         share = self.min_agreement
-        if share is not None and not (isinstance(share, int | float) and -1 <= share <= 1):
-            raise ConversionError(f"min_agreement={share!r} is not possible: give a number from -1 to 1, or None.")
+        if share is not None and (isinstance(share, bool) or not (isinstance(share, int | float) and -1 <= share < 1)):
+            raise ConversionError(
+                f"min_agreement={share!r} is not possible: give a number from -1 to below 1, or None."
+            )
         reach = self.weight_range
         if reach is not None and not (
             isinstance(reach, int | float) and 0 < reach < math.inf and math.frexp(reach)[0] == 0.5

@@ -46,6 +46,11 @@ if TYPE_CHECKING:
     from memfit.gradients.streaming_low_rank import StreamingLowRank
 
 
+LONGEST_WAIT = 10
+"""Periods that a biased sum waits at most. It keeps what is large and drops what is small, and the more has added up in
+it, the less it hears of gradients in other directions; then it starts anew."""
+
+
 class StreamingMatrix(WeightMatrix, Watcher):
     """One weight, and the running sum of its gradients.
 
@@ -118,9 +123,8 @@ class StreamingMatrix(WeightMatrix, Watcher):
 
     def note(self, added: bool, agreement: float) -> None:
         """Add up how gradients agree; tell the user that a sample was left out, when it was."""
-        if added:
-            self.agreement += agreement if math.isfinite(agreement) else 0.0
-        else:
+        self.agreement += agreement if math.isfinite(agreement) else 0.0
+        if not added:
             warnings.warn(
                 f"a gradient of {self.name} is not finite and was left out of its sum.", RuntimeWarning, stacklevel=2
             )
@@ -137,7 +141,10 @@ class StreamingMatrix(WeightMatrix, Watcher):
 
     def after_step(self, optimizer: Optimizer) -> None:
         self.samples += 1
-        if self.samples % self.period == 0 and self._write(_learning_rate(self.effective(), optimizer)):
+        if self.samples % self.period:
+            return
+        written = self._write(_learning_rate(self.effective(), optimizer))
+        if written or (not self.terms.unbiased and self.samples >= LONGEST_WAIT * self.period):
             self.terms.reset()
             self.samples, self.agreement = 0, 0.0
 
@@ -189,7 +196,7 @@ class StreamingMatrix(WeightMatrix, Watcher):
         """Whether enough of the sum is what its samples agree in."""
         if self.min_agreement is None:
             return True
-        return 2 * self.agreement >= self.min_agreement * self.terms.squared_norm()
+        return not 2 * self.agreement < self.min_agreement * self.terms.squared_norm()  # which may be no number
 
     def _warn_of_small_steps(self, lr: float, step: float) -> None:
         if self.max_norm and not self.warned and 0 < abs(lr) < step / 2:
@@ -212,7 +219,7 @@ class StreamingMatrix(WeightMatrix, Watcher):
 
     def set_extra_state(self, state: Tensor) -> None:
         samples, attempts, self.average, *agreement = state.tolist()
-        self.agreement = sum(agreement)  # of which earlier versions had none
+        self.agreement = agreement[0] if agreement else 0.0  # of which earlier versions had none
         self.samples, self.attempts = int(samples), int(attempts)
 
 

@@ -91,11 +91,16 @@ class Convolution(NamedTuple):
         return Gradients(dx, dbias, min([total.add_rows(*block) for block in blocks], default=True), agreement)
 
     def _inner(self, total: KroneckerSum, d: Tensor, x: Tensor, shape: torch.Size) -> float:
-        """The inner product of the sum with the gradient, of which no more is made than maps of as many channels as the
-        sum has terms."""
-        left, right = (each.to(d.dtype) for each in total.factors())
-        read = torch.convolution(x, right.t().reshape(-1, *shape[1:]), None, *self.by.arguments).flatten(2)
-        return float((read * (left.t() @ d.flatten(2))).sum(dtype=total.dtype))
+        """The inner product of the sum L R^T with the gradient: of L^T d and the convolution of x by R.
+
+        Image by image, in 3 r numbers for each pixel of the output.
+        """
+        left, right = total.factors()
+        kernels, products = right.t().reshape(-1, *shape[1:]), 0.0
+        for image, of_image in zip(x.split(1), d.split(1), strict=True):
+            read = torch.convolution(image.to(total.dtype), kernels, None, *self.by.arguments)
+            products += float((read.flatten(2) * (left.t() @ of_image.flatten(2).to(total.dtype))).sum())
+        return products
 
     def _terms(self, d: Tensor, x: Tensor, kernel: tuple[int, int], block: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(b, C_out) and (b, C_in taps) for up to ``block`` pixels at a time, all of one image."""

@@ -59,7 +59,7 @@ def run_device(
             "scheme": scheme,
             "lr": rates.weights,
             "bias_lr": rates.biases,
-            **(writes._asdict() if writes else {}),
+            **(writes.settings() if writes else {}),
         },
         on_chunk=on_chunk,
     )

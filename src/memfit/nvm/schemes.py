@@ -82,6 +82,10 @@ class Writes(NamedTuple):
     agreement: float | None = None
     unbiased: bool = True
 
+    def settings(self) -> dict[str, Any]:
+        """All that is not as in the paper, which earlier versions had no words for; for a checkpoint."""
+        return {name: value for name, value in self._asdict().items() if value != self._field_defaults.get(name, ...)}
+
 
 WRITES: Mapping[Scheme, Writes] = {
     "low-rank": Writes(10, 0.03),
