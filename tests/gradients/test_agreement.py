@@ -170,7 +170,7 @@ def test_a_sum_that_waited_does_not_go_deaf(share: float | None, unbiased: bool)
     here, there = torch.eye(6)[:1], torch.eye(6)[1:2]
     for sign in (10.0, -9.0):
         step(layer, optimizer, here, sign * torch.eye(5)[:1])
-    for _ in range(200):
+    for _ in range(300):
         step(layer, optimizer, there, torch.eye(5)[1:2])
     assert int(matrix_of(layer).cells.writes[1, 1]) > 1
 

@@ -35,7 +35,7 @@ class StreamingLowRank(Technique):
         rank: r, from 1 to the smaller side of every matrix converted.
         period: B, steps of the optimizer from write to write; in an online loop, one step is one sample.
         unbiased: keep what the sum has above the rank as noise of mean zero; else the best approximation, of which
-            what does not fit is lost. A biased sum that was not written in ten periods starts anew.
+            what does not fit is lost. A biased sum that was not written in 100 periods starts anew.
         max_norm: divide the mean by its largest element, or by the moving average of those where that is larger:
             ``lr`` is then by how much the weight that moves most does.
         min_write_density: a share of the weight's cells. When fewer would change, nothing is written and the sum goes

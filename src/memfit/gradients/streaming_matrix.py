@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from memfit.gradients.streaming_low_rank import StreamingLowRank
 
 
-LONGEST_WAIT = 10
+LONGEST_WAIT = 100
 """Periods that a biased sum waits at most. It keeps what is large and drops what is small, and the more has added up in
 it, the less it hears of gradients in other directions; then it starts anew."""
 
