@@ -63,9 +63,13 @@ WEIGHT_RATES: dict[Scheme, tuple[float, ...]] = {
 MAX_NORM_BIAS_RATE = 0.01  # where biases' gradients are divided by their largest element too; the paper's
 PERIODS: dict[Scheme, tuple[int, ...]] = {"low-rank": (10, 13, 20), "low-rank-max-norm": (10, 20)}
 DENSITIES: dict[Scheme, tuple[float, ...]] = {"low-rank": (0.01, 0.03), "low-rank-max-norm": (0.03, 0.1, 0.2)}
-# With max-norm: rate, samples between writes, share of cells, agreement, and whether sums are unbiased.
-AGREEING = list(product((0.03, 0.05), (5, 8), (0.1, 0.2), (0.0,), (False,)))
-ONE_ALONE = [(0.03, 5, 0.1, 0.0, True), (0.05, 15, 0.1, None, False)]
+# With max-norm: rate, samples between writes, share of cells, agreement, and whether sums are unbiased. The last two
+# are agreement without bias, and bias without agreement.
+OTHER_SUMS = [
+    *product((0.03, 0.05), (5, 8), (0.1, 0.2), (0.0,), (False,)),
+    (0.03, 5, 0.1, 0.0, True),
+    (0.05, 15, 0.1, None, False),
+]
 SHARE = 1 / 1000  # of SGD's writes pixel by pixel: what low rank with max-norm may write
 KINDS = 4  # of shifts: each run sees all of them
 
@@ -217,9 +221,7 @@ def main() -> None:
             for density in DENSITIES[scheme]
         ]
         without_agreement = swept(low_rank)["low-rank-max-norm"]
-        low_rank += [
-            ("low-rank-max-norm", (rate, MAX_NORM_BIAS_RATE, *rest)) for rate, *rest in (*AGREEING, *ONE_ALONE)
-        ]
+        low_rank += [("low-rank-max-norm", (rate, MAX_NORM_BIAS_RATE, *rest)) for rate, *rest in OTHER_SUMS]
         best |= swept(low_rank, limits)
         best["inference"] = (0.0, 0.0, 0, 0.0, None, True)
         show_sweep(sweep)
@@ -235,18 +237,18 @@ def main() -> None:
             for seed in SEEDS
             for world in WORLDS
         ]
-        others = [
+        compared = [
             make(world, "low-rank-max-norm", seed, options.samples, *without_agreement)
             for seed in SEEDS
             for world in WORLDS
         ]
-        all_of(online, (setting for setting in [*settings, *others] if setting.key not in runs), keep)
+        all_of(online, (setting for setting in [*settings, *compared] if setting.key not in runs), keep)
     chosen = {setting.key: runs[setting.key] for setting in settings}
-    unlike = {setting.key: runs[setting.key] for setting in others}
-    write(chosen, sweep, options.samples, {scheme: best[scheme] for scheme in SCHEMES}, unlike)
+    beside = {setting.key: runs[setting.key] for setting in compared}
+    write(chosen, sweep, options.samples, {scheme: best[scheme] for scheme in SCHEMES}, beside)
     show(list(chosen.values()))
     print("\nlow rank with max-norm, without agreement:")
-    show([*(run for run in chosen.values() if run["scheme"] != "low-rank-max-norm"), *unlike.values()])
+    show([*(run for run in chosen.values() if run["scheme"] != "low-rank-max-norm"), *beside.values()])
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(draw([as_result(run) for run in chosen.values()]))
 

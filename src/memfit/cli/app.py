@@ -83,18 +83,18 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started it
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    warnings.formatwarning = _formatted
+    warnings.formatwarning = _warning
     app()
 
 
-_with_its_line = warnings.formatwarning
 _PACKAGE = Path(__file__).parents[1]
+_format_of_others = warnings.formatwarning
 
 
-def _formatted(
+def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Memfit's own warnings as sentences; what others warn of, with where."""
+    """One of memfit's own as a sentence; another with where in the code it arose."""
     if Path(filename).is_relative_to(_PACKAGE):
         return f"warning: {message}\n"
-    return _with_its_line(message, category, filename, lineno, line)
+    return _format_of_others(message, category, filename, lineno, line)

@@ -9,8 +9,8 @@ fewer cells would change than is worth a write, nothing is written, and G goes o
 makes up for the larger batch, as is usual for batches. With max-norm the step has its size whatever the batch: were it
 larger for a sum that was not worth a write, that would be written soon all the same.
 
-A sum may also have to agree with itself before it is written. With S_i the sum after i backward passes, and G_i the
-gradient of the i-th, an exact or unbiased sum has, noise of the reductions aside,
+A sum may also have to agree with itself before it is written. With S_i the sum of the first i gradients, and G_i the
+i-th, an exact or unbiased sum has, noise of the reductions aside,
 
     |S_n|^2 = sum_i |G_i|^2 + 2 sum_i <S_(i-1), G_i>.
 
@@ -66,8 +66,8 @@ class StreamingMatrix(WeightMatrix, Watcher):
 
     terms: KroneckerSum
     cells: CellArray | None
-    # Of matrices from files of earlier versions, too.
     warned = False  # of steps that are too small
+    # Models that were pickled by earlier versions have neither.
     min_agreement: float | None = None
     agreement = 0.0
 

@@ -83,7 +83,7 @@ class Writes(NamedTuple):
     unbiased: bool = True
 
     def settings(self) -> dict[str, Any]:
-        """All that is not as in the paper, which earlier versions had no words for; for a checkpoint."""
+        """For a checkpoint: all but defaults. Those of earlier versions, with a period and a density alone, go on."""
         return {name: value for name, value in self._asdict().items() if value != self._field_defaults.get(name, ...)}
 
 
