@@ -3,8 +3,8 @@
 CIFAR-10's subset in two halves: a ResNet-18 and a MobileNetV2 of half the width learn one at 80 x 80 and at last
 160 x 160. Then their last four convolutions with their batch norms (layer4 of the one, the last inverted residual and
 the convolution after it of the other, as in the paper) and the head are fine-tuned at 224 x 224 on 3,000 images of the
-other half: exactly, with patches of 2, 4 and 7, and with patches of 2 and the taps of kernels apart, also with some or
-all images exact for the weights. All else is frozen and batch norms stand still, as in the paper. The halves are of the
+other half: exactly, with patches of 2, 4 and 7, and with kernels that count as planes or whole, also with some images
+exact for the weights. All else is frozen and batch norms stand still, as in the paper. The halves are of the
 classes, with a new head for the other five, or of the images, with the head as it is: new tasks, and new data of the
 same. The learning rate of each method is the best of a grid of whole runs on a seed of its own; then three seeds.
 
@@ -48,9 +48,13 @@ METHODS: dict[str, memfit.GradientFilter | None] = {
     "2": memfit.GradientFilter(2),
     "4": memfit.GradientFilter(4),
     "7": memfit.GradientFilter(7),
+    "2 planar": memfit.GradientFilter(2, taps="planar"),
     "2 apart": memfit.GradientFilter(2, taps="apart"),
-    "2 apart, exact every 4": memfit.GradientFilter(2, taps="apart", exact_every=4),
-    "2 apart, exact every 1": memfit.GradientFilter(2, taps="apart", exact_every=1),
+    "2 planar, exact every 4": memfit.GradientFilter(2, taps="planar", exact_every=4),
+    "2 planar, exact every 3": memfit.GradientFilter(2, taps="planar", exact_every=3),
+    "2 planar, exact every 2": memfit.GradientFilter(2, taps="planar", exact_every=2),
+    "4 planar, exact every 4": memfit.GradientFilter(4, taps="planar", exact_every=4),
+    "7 planar, exact every 4": memfit.GradientFilter(7, taps="planar", exact_every=4),
 }
 SPLITS = ("classes", "images")
 RATES = {"classes": (0.03, 0.1, 0.3), "images": (0.003, 0.01, 0.03)}

@@ -116,8 +116,38 @@ def flat(maps: Tensor, owners: list[list[int | None]]) -> Tensor:
     return found
 
 
+def nearest_plane(weight: Tensor, axes: tuple[bool, bool]) -> Tensor:
+    """By least squares over the taps: a constant and a slope along each of the axes; along others, each tap is free."""
+    height, width = weight.shape[2:]
+    rows = [(tap, None) if not axes[0] else (0, tap - (height - 1) / 2) for tap in range(height)]
+    columns = [(tap, None) if not axes[1] else (0, tap - (width - 1) / 2) for tap in range(width)]
+    design = []
+    for (row, slope_down), (column, slope_across) in product(rows, columns):
+        free = torch.zeros(height, width, dtype=weight.dtype)
+        free[row, column] = 1
+        down, across = torch.zeros_like(free), torch.zeros_like(free)
+        down[row, column], across[row, column] = slope_down or 0, slope_across or 0
+        # Where one axis is free there is a slope along the other for each of its taps.
+        design.append(torch.cat([free.flatten(), down.flatten(), across.flatten()]))
+    basis = torch.stack(design)
+    return (basis @ torch.linalg.pinv(basis) @ weight.flatten(2).mT.double()).mT.to(weight.dtype).view(weight.shape)
+
+
+def reference_planar(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int) -> dict[str, Tensor]:
+    """As with taps apart, of the plane nearest to the kernel, and of its gradient the nearest plane."""
+    axes = []
+    for axis in (0, 1):
+        width = min(patch, g.shape[2 + axis]) * layer.stride[axis]
+        axes.append(layer.kernel_size[axis] > 2 and layer.dilation[axis] < width)
+    flattened = copy.deepcopy(layer)
+    with torch.no_grad():
+        flattened.weight.copy_(nearest_plane(layer.weight, (axes[0], axes[1])))
+    found = reference_apart(flattened, x, g, patch)
+    return {**found, "weight": nearest_plane(found["weight"], (axes[0], axes[1]))}
+
+
 def reference_apart(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int) -> dict[str, Tensor]:
-    """With taps apart: the exact gradients of flat maps, and the mean of the input's over patches."""
+    """With taps apart: the exact gradients of flat maps."""
     of_x: list[list[int | None]] = []
     of_g: list[list[int | None]] = []
     for axis, (size, outputs) in enumerate(zip(x.shape[2:], g.shape[2:], strict=True)):
@@ -128,8 +158,10 @@ def reference_apart(layer: nn.Conv2d, x: Tensor, g: Tensor, patch: int) -> dict[
             of_x.append([pixel // (stride * width) if pixel % stride == 0 else None for pixel in range(size)])
         else:
             of_x.append([pixel // (stride * width) for pixel in range(size)])
-    found = gradients(copy.deepcopy(layer), flat(x, of_x), flat(g, of_g))
-    return {**found, "x": flat(found["x"], of_x)}
+    return gradients(copy.deepcopy(layer), flat(x, of_x), flat(g, of_g))
+
+
+REFERENCES = {"summed": reference, "planar": reference_planar, "apart": reference_apart}
 
 
 @st.composite
@@ -158,11 +190,11 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
 
 
 @settings(max_examples=120, deadline=None)
-@given(cases(), st.sampled_from(["summed", "apart"]))
+@given(cases(), st.sampled_from(list(REFERENCES)))
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_gradients_equal_the_pixel_by_pixel_reference(drawn: tuple[Case, int], taps: str) -> None:
     (layer, x, g), patch = drawn
-    expected = (reference_apart if taps == "apart" else reference)(layer, x, g, patch)
+    expected = REFERENCES[taps](layer, x, g, patch)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = filtered(layer, patch, taps).to(memory_format=memory_format)
         found = gradients(model, x.contiguous(memory_format=memory_format), g.contiguous(memory_format=memory_format))
@@ -446,9 +478,8 @@ def test_taps_apart_of_a_long_map_are_exact_too(length: int) -> None:
     coarse = [torch.randn(2, channels, -(-length // 2), dtype=torch.float64) for channels in (2, 3)]
     x, g = (each.repeat_interleave(2, 2)[:, :, :length].contiguous() for each in coarse)
     found, exact = gradients(filtered(layer, 2, "apart"), x, g), gradients(layer, x, g)
-    torch.testing.assert_close(found["weight"], exact["weight"])
-    mean = nn.functional.avg_pool1d(exact["x"], 2, ceil_mode=True).repeat_interleave(2, 2)[:, :, :length]
-    torch.testing.assert_close(found["x"], mean)
+    for name in ("x", "weight"):
+        torch.testing.assert_close(found[name], exact[name])
 
 
 def test_an_empty_batch_passes() -> None:
@@ -539,7 +570,7 @@ def test_an_estimate_knows_a_filtered_net() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of dynamo, about the cache of plans
-@pytest.mark.parametrize("taps", ["summed", "apart"])
+@pytest.mark.parametrize("taps", list(REFERENCES))
 def test_compiled_it_gives_the_same_gradients(taps: Any) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -558,7 +589,7 @@ def test_compiled_it_gives_the_same_gradients(taps: Any) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(), st.sampled_from(["summed", "apart"]), st.integers(1, 3))
+@given(cases(), st.sampled_from(list(REFERENCES)), st.integers(1, 3))
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_with_exact_images_the_weights_gradient_is_right_on_the_mean(
     drawn: tuple[Case, int], taps: Any, every: int
@@ -636,3 +667,18 @@ def test_conv1d_has_exact_images_too() -> None:
 def test_taps_are_summed_or_apart() -> None:
     with pytest.raises(ConversionError, match="taps='near' is not possible"):
         GradientFilter(2, taps="near")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("taps", list(REFERENCES))
+def test_with_exact_images_the_others_have_their_taps_summed_for_the_weight(taps: Any) -> None:
+    """One image in three counts three times its exact gradient and less two times its summed one."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, padding=1).double()
+    x, g = (torch.randn(6, channels, 7, 7, dtype=torch.float64) for channels in (4, 6))
+    model = memfit.convert_(copy.deepcopy(layer), GradientFilter(2, taps, exact_every=3), where="")
+    summed = [reference(layer, x[[i]], g[[i]], 2)["weight"] for i in range(len(x))]
+    exact = [gradients(layer, x[[i]], g[[i]])["weight"].clone() for i in range(len(x))]
+    expected = sum(summed) + 3 * sum(exact[i] - summed[i] for i in (1, 4))
+    found = gradients_drawn(model, x, g, 1)
+    torch.testing.assert_close(found["weight"], expected)
+    torch.testing.assert_close(found["x"], REFERENCES[taps](layer, x, g, 2)["x"])

@@ -104,7 +104,7 @@ def test_the_advice_for_taps_apart_is_an_option_too() -> None:
     assert advised or "As options" not in result.stdout
     result = run("net.py:task", "--taps", "near")
     assert result.exit_code == 2
-    assert "taps='near' is not possible: give 'summed' or 'apart'." in " ".join(result.stderr.split())
+    assert "taps='near' is not possible: give 'summed', 'planar' or 'apart'." in " ".join(result.stderr.split())
 
 
 def test_a_model_that_is_one_layer_has_a_name_for_people() -> None:

@@ -48,6 +48,7 @@ int64_t grain(int64_t numbers_per_item) {
 }
 
 constexpr int64_t BLOCK = 512;  // channels whose sums stay in the first cache
+constexpr int64_t LANES = 32;   // channels whose sums stay in registers
 constexpr int64_t FEW = 16;     // channels fewer than which fill no register
 
 // The sum of pixels [top, bottom) x [left, right) of a map of channels-last lines, for up to BLOCK channels from c on.
@@ -56,11 +57,23 @@ inline int64_t add_up(
     const T* __restrict__ map, int64_t line, int64_t pixel, int64_t top, int64_t bottom, int64_t left, int64_t right,
     int64_t c, int64_t channels, T* __restrict__ sums) {
   const int64_t count = std::min(BLOCK, channels - c);
-  std::fill(sums, sums + count, T(0));
+  int64_t done = 0;
+  for (; done + LANES <= count; done += LANES) {
+    T lanes[LANES] = {};  // in registers
+    for (int64_t i = top; i < bottom; ++i) {
+      const T* __restrict__ from = map + i * line + left * pixel + c + done;
+      for (int64_t j = left; j < right; ++j, from += pixel) {
+        for (int64_t k = 0; k < LANES; ++k) lanes[k] += from[k];
+      }
+    }
+    for (int64_t k = 0; k < LANES; ++k) sums[done + k] = lanes[k];
+  }
+  if (done == count) return count;
+  std::fill(sums + done, sums + count, T(0));
   for (int64_t i = top; i < bottom; ++i) {
     for (int64_t j = left; j < right; ++j) {
       const T* __restrict__ from = map + i * line + j * pixel + c;
-      for (int64_t k = 0; k < count; ++k) sums[k] += from[k];
+      for (int64_t k = done; k < count; ++k) sums[k] += from[k];
     }
   }
   return count;
@@ -361,7 +374,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
     const Tensor x = pooled->permute({0, 2, 3, 1}).reshape({-1, inputs});
     Tensor product;
     if (groups == 1) {
-      product = at::mm(means.t(), x);
+      product = inputs < FEW ? at::mm(x.t(), means).t().contiguous() : at::mm(means.t(), x);  // BLAS likes a wide result
     } else if (depthwise) {
       product = (means * x).sum(0);
     } else {

@@ -11,19 +11,20 @@ which are two products of matrices that are p^2 times smaller than the maps, and
 3 x 3 kernel. Forward keeps X, and of the kernel what it is: a parameter. Along an axis on which taps lie a patch or
 more apart (a dilation of p s or more), they are kept apart: there the products are a small dilated convolution of G, X.
 
-All taps can be kept apart (:mod:`memfit.activations.taps_apart`): the gradients are then those of the convolution of
-maps that are constant on patches, whatever its configuration.
+Taps can also read what is where they lie (:mod:`memfit.activations.placed_taps`): the gradients are then those of the
+convolution of maps that are constant on patches, whatever its configuration, or of its kernel's nearest plane.
 
 With all of x kept for one image in k, the weight's gradient can be made right on the mean: it is
 
     sum over all images of F  +  k sum over those of (E - F)
 
 with E and F the exact and the filtered gradient of an image. Every k-th image from a random one on is taken. In the
-first sum these count as 1, in the second as -k: their X is kept times 1 - k.
+first sum these count as 1, in the second as -k: their X is kept times 1 - k. As this is right on the mean whatever F
+is, F has its taps summed there, and what is said of taps is of the input's gradient.
 
 Source: Yang, Li, Marculescu, "Efficient On-device Training via Gradient Filtering", CVPR 2023, arXiv 2301.00330.
-Its formulas are for s = 1 and sum the taps; the factor 1 / s^2, the alignment with uneven padding, taps apart and exact
-images are ours.
+Its formulas are for s = 1 and sum the taps; the factor 1 / s^2, the alignment with uneven padding, taps that read where
+they lie and exact images are ours.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from memfit.activations import taps_apart
+from memfit.activations import placed_taps
 from memfit.activations.patches import counts, pool, spread
-from memfit.activations.plan import Plan, Window, plan
+from memfit.activations.plan import Plan, Taps, plan
 from memfit.activations.pooled_gradients import input_gradient, weight_gradient
+from memfit.activations.tap_reads import Window
 from memfit.native import FILTERED, operator, suits
 
 
@@ -61,8 +63,10 @@ class ExactImages(NamedTuple):
 
     def add(self, filtered: Tensor | None, x: Tensor, g: Tensor, kernel: Tensor) -> Tensor:
         """The gradient of all images, from the filtered one."""
-        exact = self.gradient(x, g, kernel).to(kernel.dtype)
-        return exact if filtered is None else torch.add(filtered, exact, alpha=self.every)
+        if filtered is None:
+            return self.gradient(x, g, kernel).to(kernel.dtype)
+        exact = self.gradient(x, g * self.every, kernel).to(kernel.dtype)  # of the two, g is the small one
+        return exact.add_(filtered)
 
 
 def filtered_convolution(
@@ -73,7 +77,7 @@ def filtered_convolution(
     windows: tuple[Window, Window],
     groups: int,
     patch: tuple[int, int],
-    apart: bool = False,
+    taps: Taps = "summed",
     native: bool = False,
     exact: ExactImages | None = None,
 ) -> Tensor:
@@ -87,14 +91,14 @@ def filtered_convolution(
         windows: how it reads H and W; of a single row, any.
         groups: of its channels.
         patch: size of the patches of the output, in pixels of H and W; cut to the map where that is smaller.
-        apart: keep the kernel's taps apart.
+        taps: what of the kernel counts.
         native: compute with the C++ operator what that can.
         exact: how many images have an exact weight gradient.
 
     Returns:
         What ``forward`` gives. It can be differentiated once.
     """
-    return _FilteredConvolution.apply(x, weight, bias, forward, windows, groups, patch, apart, native, exact)
+    return _FilteredConvolution.apply(x, weight, bias, forward, windows, groups, patch, taps, native, exact)
 
 
 class _FilteredConvolution(torch.autograd.Function):
@@ -108,7 +112,7 @@ class _FilteredConvolution(torch.autograd.Function):
         windows: tuple[Window, Window],
         groups: int,
         patch: tuple[int, int],
-        apart: bool,
+        taps: Taps,
         native: bool,
         exact: ExactImages | None,
     ) -> Tensor:
@@ -118,8 +122,12 @@ class _FilteredConvolution(torch.autograd.Function):
             y = y.clone()  # torch's is a view of a batch of one, and views that leave here can't be changed in place
         ctx.x_shape, ctx.x_dtype, ctx.groups = x.shape, x.dtype, groups
         x, rows, columns = _as_maps(x, axes), *_as_maps(y, axes).shape[2:]
-        ctx.plan = cut = plan((x.shape[2], x.shape[3]), (rows, columns), windows, patch, apart)
-        ctx.native = native and cut.reads is None and not any(cut.shifts) and suits(x, weight) and x.dtype == dtype
+        sizes = (x.shape[2], x.shape[3]), (rows, columns)
+        ctx.plan_of_x = plan(*sizes, windows, patch, taps)
+        # Where some images are exact the weight's gradient is right on the mean: there its taps may as well be summed.
+        ctx.plan_of_weight = cut = plan(*sizes, windows, patch, taps if exact is None else "summed")
+        is_summed = ctx.plan_of_x.reads is None and not any(cut.shifts)
+        ctx.native = native and is_summed and suits(x, weight) and x.dtype == dtype
         ctx.channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         pooled = some = None
         ctx.exact, ctx.first = exact, 0
@@ -140,7 +148,7 @@ class _FilteredConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         pooled, some, weight = ctx.saved_tensors
-        cut, wanted = ctx.plan, (ctx.needs_input_grad[0], pooled is not None, ctx.needs_input_grad[2])
+        cut, wanted = ctx.plan_of_x, (ctx.needs_input_grad[0], pooled is not None, ctx.needs_input_grad[2])
         g, row = _as_maps(g, weight.dim() - 2), weight.dim() == 3
         kernel = weight.unsqueeze(2) if row else weight
         with _no_autocast(g.device.type):
@@ -163,7 +171,7 @@ def _gradients(
     ctx: Any, g: Tensor, pooled: Tensor | None, weight: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those wanted of x's, the weight's and the bias's gradients, by torch's operators."""
-    cut: Plan = ctx.plan
+    cut: Plan = ctx.plan_of_x
     dx = dweight = dbias = None
     # Maps of patches are small: they are summed in the weight's precision.
     means = _as(weight.dtype, pool(g, cut.outputs))
@@ -171,15 +179,16 @@ def _gradients(
     if wanted[0]:
         if cut.reads is None:
             coarse = input_gradient(means, weight, cut.shifts, ctx.groups, 1 / cut.spread_over)
+            dx = spread(_as(ctx.x_dtype, coarse), cut.inputs, ctx.channels_last)
         else:
-            coarse = taps_apart.input_gradient(means, weight, cut.reads, ctx.groups) / counts(cut.inputs, means)
-        dx = spread(_as(ctx.x_dtype, coarse), cut.inputs, ctx.channels_last)
+            dx = _as(ctx.x_dtype, placed_taps.input_gradient(means, weight, cut.reads, ctx.groups))
+            dx = dx if ctx.channels_last else dx.contiguous()
     if wanted[1] and pooled is not None:
-        pooled = _as(weight.dtype, pooled)
+        pooled, cut = _as(weight.dtype, pooled), ctx.plan_of_weight
         if cut.reads is None:
             dweight = weight_gradient(means, pooled, weight, cut.shifts, ctx.groups, pixels)
         else:
-            dweight = taps_apart.weight_gradient(means, pooled, cut.reads, ctx.groups)
+            dweight = placed_taps.weight_gradient(means, pooled, weight, cut.reads, ctx.groups)
     if wanted[2]:
         dbias = (means * pixels).sum((0, 2, 3))
     return dx, dweight, dbias

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from memfit.activations.filtered_convolution import ExactImages, filtered_convolution
-from memfit.activations.plan import Window
+from memfit.activations.plan import Taps
+from memfit.activations.tap_reads import Window
 from memfit.convert import ConvertedLayer, Technique
 from memfit.convolution_input import padded_input, windows
 from memfit.errors import ConversionError
 from memfit.native import FILTERED, operator
 
-_FEW_PIXELS = 400  # up to so many, of all images, a product of matrices is faster than torch's weight gradient
+_FEW_PIXELS = 600  # up to so many, of all images, a product of matrices is faster than torch's weight gradient; up to
+# half of them with the channels first
 
 
 class _FilteredConv(ConvertedLayer, _ConvNd):
@@ -75,7 +77,7 @@ class _FilteredConv(ConvertedLayer, _ConvNd):
             self._windows(),
             self.groups,
             (technique.patch, technique.patch),
-            technique.taps == "apart",
+            technique.taps,
             technique.native,
             None if every is None else ExactImages(every, self._weight_gradient),
         )
@@ -94,14 +96,13 @@ class _FilteredConv(ConvertedLayer, _ConvNd):
             x, g = x.squeeze(2), g.squeeze(2)
         x, padding = padded_input(self, x)
         pixels = g.numel() // max(1, g.shape[1])
-        if x.is_cpu and x.dim() == 4 and self.groups == 1 and 0 < pixels <= _FEW_PIXELS:
+        few = _FEW_PIXELS if x.is_contiguous(memory_format=torch.channels_last) else _FEW_PIXELS // 2
+        if x.is_cpu and x.dim() == 4 and self.groups == 1 and 0 < pixels <= few:
+            x = x.contiguous(memory_format=torch.channels_last)
             read = windows(x, kernel.shape[2:], g.shape[2:], self.stride, padding, self.dilation)
-            last = not kernel.is_contiguous()  # the channels: the gradient is laid out as the kernel is
-            patches = (read.permute(0, 1, 2, 4, 5, 3) if last else read).reshape(pixels, -1)
+            patches = read.permute(0, 1, 2, 4, 5, 3).reshape(pixels, -1)  # channels last: what lies together is copied
             product = g.permute(0, 2, 3, 1).reshape(pixels, -1).t() @ patches
-            if last:
-                return product.view(len(kernel), *kernel.shape[2:], -1).permute(0, 3, 1, 2)
-            return product.view(kernel.shape)
+            return product.view(len(kernel), *kernel.shape[2:], -1).permute(0, 3, 1, 2)
         like = g.new_empty(1).expand(self.weight.shape)
         by = (self.stride, padding, self.dilation, False, (0,) * len(padding), self.groups)
         mask = (False, True, False)
@@ -139,19 +140,21 @@ class GradientFilter(Technique):
     Args:
         patch: width and height of a patch in pixels of the layer's output; on smaller maps it is the whole map. Along
             an axis where the kernel is dilated by a patch or more, its taps keep gradients of their own.
-        taps: ``"summed"`` is the paper's: one number of x and of the gradient for all taps of a kernel. With
-            ``"apart"`` each tap reads what is where it lies: the gradients are those of the convolution of maps that
-            are constant on patches, and the input's is its mean over patches. Nearer to the exact gradients, as little
-            is kept, and k times k the products for a k x k kernel.
+        taps: ``"summed"`` is the paper's: one number of x and of the gradient for all taps of a kernel. Otherwise each
+            tap reads what is where it lies: as little is kept, and the gradients are nearer to the exact ones. With
+            ``"apart"`` they are those of the convolution of maps that are constant on patches, and take k times k the
+            products for a k x k kernel. With ``"planar"`` the kernel counts as the plane over its taps that is nearest
+            to it, its mean and two slopes: three products.
         exact_every: compute the weight's gradient exactly for every so many of the images of a batch, from a random one
             on, which are then kept whole, and weight it so that the weight's gradient is right on the mean, whatever
-            the patch. 1: of all images; the filter is then for the gradient of the input alone. None: of no image.
+            the patch. ``taps`` is then of the input's gradient. 1: of all images; the filter is then for the gradient
+            of the input alone. None: of no image.
         native: let a C++ operator do it, on the CPU in float32 or float64; all else goes the usual way. It is compiled
             on first use, which takes a compiler, ninja and about a minute, and pays for small maps, where the time of
             backward goes into calling torch.
 
     Raises:
-        ConversionError: patch or exact_every is not a whole number of at least 1, or taps neither of the two; on
+        ConversionError: patch or exact_every is not a whole number of at least 1, or taps none of the three; on
             conversion, the operator can't be compiled.
 
     Source: arXiv 2301.00330.
@@ -162,7 +165,7 @@ class GradientFilter(Technique):
     """
 
     patch: int
-    taps: Literal["summed", "apart"] = "summed"
+    taps: Taps = "summed"
     native: bool = False
     exact_every: int | None = None
 
@@ -177,7 +180,7 @@ class GradientFilter(Technique):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConversionError(f"{field}={value!r} is not possible: give a whole number of at least 1.")
-        if self.taps not in ("summed", "apart"):
-            raise ConversionError(f"taps={self.taps!r} is not possible: give 'summed' or 'apart'.")
+        if self.taps not in get_args(Taps):
+            raise ConversionError(f"taps={self.taps!r} is not possible: give 'summed', 'planar' or 'apart'.")
         if not isinstance(self.native, bool):
             raise ConversionError(f"native={self.native!r} is not possible: give True or False.")

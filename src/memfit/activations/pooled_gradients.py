@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Shifts = tuple[int, int]
+_FEW_CHANNELS = 16  # fewer than which fill no register
 
 
 def input_gradient(means: Tensor, weight: Tensor, shifts: Shifts, groups: int, scale: float) -> Tensor:
@@ -72,12 +73,14 @@ def weight_gradient(
         gradient = _backward(sums, pooled, taps, shifts, groups, (False, True, False))[1]
         return (gradient * scale).expand_as(weight)
     if groups == 1:
-        # On the way, the product scales for nothing.
-        gradient = torch.addmm(sums.new_empty(1), _rows(sums).t(), _rows(pooled), beta=0, alpha=scale)
+        # On the way, the product scales for nothing; BLAS likes a wide result.
+        left, right = (_rows(sums), _rows(pooled)) if inputs >= _FEW_CHANNELS else (_rows(pooled), _rows(sums))
+        gradient = torch.addmm(sums.new_empty(1), left.t(), right, beta=0, alpha=scale)
+        gradient = gradient if inputs >= _FEW_CHANNELS else gradient.t()
         count = weight.shape[2:].numel()
         if count > 1 and weight.is_contiguous():
             # Autograd would copy single numbers to their taps, which takes twice the time of a product.
-            return (gradient.view(-1, 1) @ gradient.new_ones(1, count)).view(weight.shape)
+            return (gradient.reshape(-1, 1) @ gradient.new_ones(1, count)).view(weight.shape)
     elif outputs == groups and inputs == 1:
         gradient = (sums * pooled).sum((0, 2, 3)) * scale
     else:

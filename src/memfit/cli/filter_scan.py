@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, cast, get_args
 
 import torch
 import typer
 
 from memfit.activations.gradient_filter import GradientFilter
+from memfit.activations.plan import Taps
 from memfit.cli.console import say, show, show_table
 from memfit.cli.outputs import check_outputs, write_output
 from memfit.errors import MemfitError
@@ -27,6 +28,7 @@ from memfit.vision.scan_page import render
 from memfit.vision.scan_picture import draw_png
 from memfit.vision.scan_words import agreement_in_words, keepers_in_words, spared_in_words, times, together_rows
 
+_TAPS = "|".join(get_args(Taps))
 _WITHOUT_MEMORY = "a smaller batch needs less, or fewer layers: --where"
 _OF_DATA = ("model", "weights", "width", "size", "train", "batch_size", "seed")
 
@@ -73,7 +75,8 @@ def filter_scan(
         float, typer.Option(help="From this cosine to the exact gradient on, a layer is worth filtering.")
     ] = LEAST_COSINE,
     taps: Annotated[
-        str, typer.Option(help="Scan filters that sum the taps of kernels, or keep them apart.", metavar="summed|apart")
+        str,
+        typer.Option(help="What of kernels the scanned filters count, as GradientFilter(taps=).", metavar=_TAPS),
     ] = "summed",
     native: Annotated[bool, typer.Option("--native", help="Scan filters with native=True, the C++ operator.")] = False,
     html: Annotated[
@@ -88,7 +91,7 @@ def filter_scan(
     if target is not None and (unused := [name for name in _OF_DATA if _was_given(context, name)]):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         raise MemfitError(f"{options}: such options go with --data; what {target} returns has its own: leave them out.")
-    summed_or_apart = cast("Literal['summed', 'apart']", taps)  # the technique itself refuses other words
+    counted = cast(Taps, taps)  # the technique itself refuses other words
     if png is not None:
         check_can_draw()
     check_outputs({"page": html, "picture": png, "scan": json_file}, target)
@@ -115,7 +118,7 @@ def filter_scan(
             layers,
             rounds,
             least_cosine=cosine,
-            taps=summed_or_apart,
+            taps=counted,
             native=native,
             notify=say,
         )
@@ -126,7 +129,7 @@ def filter_scan(
         (json_file, "scan", lambda: json.dumps({"target": what, **scan.to_dict()}).encode() + b"\n"),
     )
     failures = [failure for file, kind, make in outputs if file and (failure := write_output(file, kind, make()))]
-    show_scan(scan, lambda patch: GradientFilter(patch, summed_or_apart, native))
+    show_scan(scan, lambda patch: GradientFilter(patch, counted, native))
     if failures:  # a full disk does not take away what was found
         raise failures[0]
 

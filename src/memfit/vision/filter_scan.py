@@ -11,12 +11,13 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from memfit.activations.gradient_filter import GradientFilter
+from memfit.activations.plan import Taps
 from memfit.choose import Where, choose
 from memfit.convert import ConvertedLayer, convert_
 from memfit.errors import MemfitError, TrainingError
@@ -43,7 +44,7 @@ def filter_scan(
     rounds: int = 5,
     *,
     least_cosine: float = LEAST_COSINE,
-    taps: Literal["summed", "apart"] = "summed",
+    taps: Taps = "summed",
     native: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> FilterScan:

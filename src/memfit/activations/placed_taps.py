@@ -1,0 +1,144 @@
+"""A filtered backward in which each tap of a kernel reads what is where it lies.
+
+Let the output's gradient g be constant on patches q, G, as a filter takes it to be, and for the weight's gradient x on
+patches r, X. Let the kernel be w = sum over m of c_m b_m, with b_m (j, k) a product of two functions over the taps of
+rows and of columns, orthonormal. With T of :mod:`memfit.activations.tap_reads` for both axes, t of single pixels of x,
+the gradients of the convolution are, and exactly so if the b_m are as many as the taps,
+
+    grad x[i, pixel]  =  sum over m and q of  t_m[pixel, q]  sum over o of  c_m[o, i] G[o, q]
+    grad w            =  sum over m of  b_m  sum over q and r of  G[o, q] T_m[r, q] X[i, r]
+
+Of planes over the taps there are three b_m: the constant and the slopes along rows and columns. So a 3 x 3 kernel takes
+three products and not nine.
+
+Where all taps count, and T depends on r - q alone, as when patches of one size cover maps of one size that are padded
+with zeros, the weight's is that of a small convolution of X.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from memfit.activations.tap_reads import Axis, gathering, shares, spreading
+
+Axes = tuple[Axis, Axis]
+Rows = tuple[tuple[float, ...], ...]
+
+
+def weight_gradient(means: Tensor, pooled: Tensor, weight: Tensor, axes: Axes, groups: int) -> Tensor:
+    """The weight's gradient.
+
+    Args:
+        means: G (B, C_out, Q, Q').
+        pooled: X (B, C_in, R, R'), of its dtype.
+        weight: (C_out, C_in / groups, taps of rows, taps of columns), of which shape and layout are used.
+        axes: what the taps of rows and columns read.
+        groups: of the channels.
+
+    Returns:
+        Shaped as ``weight``.
+    """
+    rows, columns = axes
+    of_rows, of_columns = shares(rows), shares(columns)
+    if of_rows is not None and of_columns is not None:
+        return _of_convolution(means, pooled, weight, (of_rows, of_columns), groups)
+    (outputs, inputs), batch, channels = weight.shape[:2], len(pooled), pooled.shape[1]
+    x = pooled.permute(0, 2, 3, 1).reshape(batch * rows.of_input * columns.of_input, channels)
+    products = []
+    for g in _gather(means, axes):
+        if groups == 1:
+            products.append(g.t() @ x)
+        elif outputs == groups and inputs == 1:
+            products.append((g * x).sum(0).unsqueeze(1))
+        else:
+            of_groups = (each.unflatten(1, (groups, -1)) for each in (g, x))
+            products.append(torch.einsum("mgo,mgi->goi", *of_groups).flatten(0, 1))
+    found = torch.stack(products, 1)  # the outputs' functions x channels
+    taps = found if rows.is_whole and columns.is_whole else _functions(axes, means).t() @ found
+    return taps.view(outputs, *weight.shape[2:], inputs).permute(0, 3, 1, 2)
+
+
+def input_gradient(means: Tensor, weight: Tensor, axes: Axes, groups: int) -> Tensor:
+    """The gradient of x.
+
+    Args:
+        means: G (B, C_out, Q, Q').
+        weight: (C_out, C_in / groups, taps of rows, taps of columns), of its dtype.
+        axes: what the taps of rows and columns read; the patches of x do not matter.
+        groups: of the channels.
+
+    Returns:
+        (B, C_in, H, W), the channels last in memory.
+    """
+    rows, columns = (axis._replace(width=1) for axis in axes)
+    (outputs, inputs), batch, height, width = weight.shape[:2], len(means), rows.of_output, columns.of_output
+    kernel = weight.permute(0, 2, 3, 1).reshape(outputs, -1, inputs)
+    if not (rows.is_whole and columns.is_whole):
+        kernel = _functions(axes, means) @ kernel  # c, the outputs' functions x channels
+    g = means.permute(0, 2, 3, 1).reshape(batch * height * width, outputs)
+    counts = _columns_of_rows(axes)
+    wide = []
+    for count, part in zip(counts, kernel.split(counts, 1), strict=True):
+        if groups == 1:
+            terms = g @ part.flatten(1)
+        elif outputs == groups and inputs == 1:
+            terms = g.unsqueeze(1) * part.squeeze(2).t()
+        else:
+            of_groups = (g.unflatten(1, (groups, -1)), part.unflatten(0, (groups, -1)))
+            terms = torch.einsum("mgo,gofi->mfgi", *of_groups)
+        terms = terms.reshape(batch, height, width * count, inputs * groups)
+        wide.append(_times(spreading(columns, range(count), means), terms).flatten(2))
+    of_rows = torch.stack(wide, 2).flatten(1, 2)  # patches of rows and their functions; pixels of columns and channels
+    dx = _times(spreading(rows, range(len(counts)), means), of_rows)
+    return dx.view(batch, rows.size, columns.size, inputs * groups).permute(0, 3, 1, 2)
+
+
+def _columns_of_rows(axes: Axes) -> list[int]:
+    """For each function of rows, with how many of the first of columns it makes one over the kernel, of one slope."""
+    rows, columns = (axis.degrees for axis in axes)
+    return [sum(high + wide <= 1 for wide in columns) for high in rows]
+
+
+def _functions(axes: Axes, like: Tensor) -> Tensor:
+    """The functions over the kernel, (functions, taps of both axes)."""
+    rows, columns = axes
+    counts = _columns_of_rows(axes)
+    pairs = [(high, wide) for high, count in zip(rows.basis, counts, strict=True) for wide in columns.basis[:count]]
+    of = [[down * across for down in high for across in wide] for high, wide in pairs]
+    return torch.tensor(of, dtype=like.dtype, device=like.device)
+
+
+def _gather(means: Tensor, axes: Axes) -> Iterator[Tensor]:
+    """The sum over q of T_m G for each function over the kernel, (B R R', C_out)."""
+    rows, columns = axes
+    g = means.permute(0, 2, 3, 1)
+    batch, height, _, channels = g.shape
+    functions = len(columns.basis)
+    across = _times(gathering(columns, range(functions), means), g)
+    across = across.view(batch, height, columns.of_input, functions, channels)
+    for number, count in enumerate(_columns_of_rows(axes)):
+        part = across[:, :, :, :count].reshape(batch, height, columns.of_input * count * channels)
+        both = _times(gathering(rows, (number,), means), part)
+        yield from both.view(batch * rows.of_input * columns.of_input, count, channels).unbind(1)
+
+
+def _times(table: Tensor, x: Tensor) -> Tensor:
+    """Product of a matrix (n, m) with each of x (..., m, c)."""
+    if not table.is_sparse:
+        return table @ x
+    rows = x.movedim(-2, 0)
+    product = torch.sparse.mm(table, rows.reshape(len(rows), -1))
+    return product.view(-1, *rows.shape[1:]).movedim(0, -2).contiguous()
+
+
+def _of_convolution(g: Tensor, x: Tensor, weight: Tensor, by: tuple[Rows, Rows], groups: int) -> Tensor:
+    """The weight's gradient by that of a convolution of maps of patches, which reads neighbours of each."""
+    sizes = [len(each[0]) for each in by]
+    both = torch.kron(*(torch.tensor(each, dtype=g.dtype, device=g.device) for each in by))
+    like = g.new_empty(1).expand(*weight.shape[:2], *sizes)
+    way = ((1, 1), [size // 2 for size in sizes], (1, 1), False, (0, 0), groups, (False, True, False))
+    gradient = torch.ops.aten.convolution_backward.default(g, x, like, None, *way)[1]
+    return (gradient.flatten(2) @ both.t()).view(weight.shape)
