@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -24,7 +25,9 @@ struct Cut {
     return std::min(pixels(), origin + (patch + 1) * width);
   }
   int64_t pixels() const { return (size + every - 1) / every; }
-  // Whether each patch is full, and each pixel of the axis in one.
+  // Whether each pixel of the axis is in a patch.
+  bool is_covered() const { return origin <= 0 && origin + patches * width >= size && every == 1; }
+  // Whether moreover each patch is full.
   bool is_even() const { return origin == 0 && patches * width == size && every == 1; }
   // The patch that a pixel of the axis is in, or -1.
   int64_t patch_of(int64_t pixel) const {
@@ -47,36 +50,30 @@ int64_t grain(int64_t numbers_per_item) {
   return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, numbers_per_item));
 }
 
-constexpr int64_t BLOCK = 512;  // channels whose sums stay in the first cache
-constexpr int64_t LANES = 32;   // channels whose sums stay in registers
-constexpr int64_t FEW = 16;     // channels fewer than which fill no register
+constexpr int64_t LANES = 32;  // channels whose sums stay in registers
+constexpr int64_t FEW = 16;    // channels fewer than which fill no register
 
-// The sum of pixels [top, bottom) x [left, right) of a map of channels-last lines, for up to BLOCK channels from c on.
-template <typename T>
-inline int64_t add_up(
+// Calls f(c, count) for blocks of channels; the count of whole ones is known to the compiler, which unrolls their loops.
+template <typename F>
+inline void for_blocks(int64_t channels, const F& f) {
+  int64_t c = 0;
+  for (; c + LANES <= channels; c += LANES) f(c, std::integral_constant<int64_t, LANES>());
+  for (; c + LANES / 4 <= channels; c += LANES / 4) f(c, std::integral_constant<int64_t, LANES / 4>());
+  if (c < channels) f(c, channels - c);
+}
+
+// The sums over pixels [top, bottom) x [left, right) of a map of channels-last lines, for `count` channels.
+template <typename T, typename Count>
+inline void add_up(
     const T* __restrict__ map, int64_t line, int64_t pixel, int64_t top, int64_t bottom, int64_t left, int64_t right,
-    int64_t c, int64_t channels, T* __restrict__ sums) {
-  const int64_t count = std::min(BLOCK, channels - c);
-  int64_t done = 0;
-  for (; done + LANES <= count; done += LANES) {
-    T lanes[LANES] = {};  // in registers
-    for (int64_t i = top; i < bottom; ++i) {
-      const T* __restrict__ from = map + i * line + left * pixel + c + done;
-      for (int64_t j = left; j < right; ++j, from += pixel) {
-        for (int64_t k = 0; k < LANES; ++k) lanes[k] += from[k];
-      }
-    }
-    for (int64_t k = 0; k < LANES; ++k) sums[done + k] = lanes[k];
-  }
-  if (done == count) return count;
-  std::fill(sums + done, sums + count, T(0));
+    Count count, T* __restrict__ sums) {
+  for (int64_t k = 0; k < count; ++k) sums[k] = 0;
   for (int64_t i = top; i < bottom; ++i) {
-    for (int64_t j = left; j < right; ++j) {
-      const T* __restrict__ from = map + i * line + j * pixel + c;
-      for (int64_t k = done; k < count; ++k) sums[k] += from[k];
+    const T* __restrict__ from = map + i * line + left * pixel;
+    for (int64_t j = left; j < right; ++j, from += pixel) {
+      for (int64_t k = 0; k < count; ++k) sums[k] += from[k];
     }
   }
-  return count;
 }
 
 // The same for maps of few channels, with the channels last: whole lines are added first.
@@ -116,17 +113,17 @@ void pool_rows(const T* x, T* rows, int64_t batch, int64_t channels, const Cut& 
   if (last) {
     const int64_t line = high.every * wide.size * channels, pixel = wide.every * channels;
     at::parallel_for(0, batch * patches, grain(area * channels / patches), [&](int64_t first, int64_t stop) {
-      T sums[BLOCK];
       for (int64_t index = first; index < stop; ++index) {
         const int64_t q = index % patches / wide.patches, r = index % wide.patches;
         const int64_t top = high.begin(q), bottom = high.end(q), left = wide.begin(r), right = wide.end(r);
         const T scale = T(1) / T(pixels_of(top, bottom, left, right));
         const T* map = x + index / patches * area * channels;
         T* __restrict__ out = rows + index * channels;
-        for (int64_t c = 0; c < channels; c += BLOCK) {
-          const int64_t count = add_up(map, line, pixel, top, bottom, left, right, c, channels, sums);
+        for_blocks(channels, [&](int64_t c, auto count) {
+          T sums[LANES];
+          add_up(map + c, line, pixel, top, bottom, left, right, count, sums);
           for (int64_t k = 0; k < count; ++k) out[c + k] = sums[k] * scale;
-        }
+        });
       }
     });
     return;
@@ -175,7 +172,9 @@ void spread_rows(const T* rows, T* map, int64_t batch, int64_t channels, const C
             std::fill(out, out + channels, T(0));
           } else {
             const T* __restrict__ row = rows + (now * wide.patches + columns[j]) * channels;
-            for (int64_t c = 0; c < channels; ++c) out[c] = row[c];
+            for_blocks(channels, [&](int64_t c, auto count) {
+              for (int64_t k = 0; k < count; ++k) out[c + k] = row[c + k];
+            });
           }
         }
       }
@@ -278,19 +277,19 @@ void depthwise_last(
   std::vector<T> products(product == nullptr ? 0 : threads * apart, T(0));
   at::parallel_for(0, batch * patches, grain(g_high.width * g_wide.width * channels), [&](int64_t first, int64_t stop) {
     T* __restrict__ mine = product == nullptr ? nullptr : products.data() + at::get_thread_num() * apart;
-    T sums[BLOCK];
     for (int64_t index = first; index < stop; ++index) {
       const int64_t b = index / patches, q = index % patches / g_wide.patches, r = index % g_wide.patches;
       const int64_t g_top = g_high.begin(q), g_bottom = g_high.end(q), g_left = g_wide.begin(r), g_right = g_wide.end(r);
       const T factor = scale / T(pixels_of(g_top, g_bottom, g_left, g_right));
       const T* map = g + b * g_high.size * line;
-      for (int64_t c = 0; c < channels; c += BLOCK) {
-        const int64_t count = add_up(map, line, channels, g_top, g_bottom, g_left, g_right, c, channels, sums);
+      for_blocks(channels, [&](int64_t c, auto count) {
+        T sums[LANES];
+        add_up(map + c, line, channels, g_top, g_bottom, g_left, g_right, count, sums);
         if (mine != nullptr) {
           const T* __restrict__ x = pooled + index * channels + c;
           for (int64_t k = 0; k < count; ++k) mine[c + k] += sums[k] * x[k];
         }
-        if (dx == nullptr) continue;
+        if (dx == nullptr) return;
         for (int64_t k = 0; k < count; ++k) sums[k] *= taps[c + k] * factor;
         T* into = dx + b * high.size * wide.size * channels + c;
         for (int64_t i = high.begin(q); i < high.end(q); ++i) {
@@ -299,7 +298,7 @@ void depthwise_last(
             for (int64_t k = 0; k < count; ++k) out[k] = sums[k];
           }
         }
-      }
+      });
     }
   });
   for (int64_t thread = 0; product != nullptr && thread < threads; ++thread) {
@@ -328,7 +327,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> 
     const Tensor taps = wanted[0] ? sum_of_taps(weight) : Tensor();
     const Tensor rows = wanted[1] ? pooled->permute({0, 2, 3, 1}).contiguous() : Tensor();
     const Tensor product = wanted[1] ? at::zeros({outputs}, g.options()) : Tensor();
-    if (wanted[0] && !(high.is_even() && wide.is_even())) dx->zero_();
+    if (wanted[0] && !(high.is_covered() && wide.is_covered())) dx->zero_();
     AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "memfit_depthwise", [&] {
       depthwise_last<scalar_t>(
           g.const_data_ptr<scalar_t>(), wanted[1] ? rows.const_data_ptr<scalar_t>() : nullptr,
