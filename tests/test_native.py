@@ -40,12 +40,13 @@ def test_filtered_gradients_are_those_of_torchs_operators() -> None:
         kernel, stride, dilation, padding = (
             (drawn.randint(least, most), drawn.randint(least, most)) for least, most in ((1, 4), (1, 3), (1, 3), (0, 4))
         )
-        layer = nn.Conv2d(
-            4, drawn.choice([4, 8]), kernel, stride, padding, dilation, drawn.choice([1, 2, 4]), drawn.random() < 0.5
-        ).double()
+        inputs = drawn.choice([4, 12, 44])  # fewer than a block of channels, one and a rest, and blocks of two sizes
+        outputs, groups = drawn.choice([inputs, 2 * inputs]), drawn.choice([1, 2, 4, inputs])
+        bias = drawn.random() < 0.5
+        layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias).double()
         size = [d * (k - 1) + 1 + drawn.randint(0, 9) for d, k in zip(dilation, kernel, strict=True)]
         patch = drawn.randint(1, 6)
-        x = torch.randn(drawn.randint(0, 3), 4, *size, dtype=torch.float64)
+        x = torch.randn(drawn.randint(0, 3), inputs, *size, dtype=torch.float64)
         for layout in (torch.contiguous_format, torch.channels_last):
             layer, x = layer.to(memory_format=layout), x.contiguous(memory_format=layout)
             expected = gradients(layer, GradientFilter(patch), x, seed)
