@@ -8,6 +8,8 @@ exact for the weights. All else is frozen and batch norms stand still, as in the
 classes, with a new head for the other five, or of the images, with the head as it is: new tasks, and new data of the
 same. The learning rate of each method is the best of a grid of whole runs on a seed of its own; then three seeds.
 
+Cosines of filtered gradients to the exact ones are those of the last convolutions, after an epoch of fine-tuning.
+
 Time of a training step and memory are of the nets in full width at 224 x 224, the channels last: methods in turn in one
 process, medians; the process's peak in a fresh process for each, and the ledger of the same step.
 
@@ -29,19 +31,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, cast, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import memfit
-from memfit.vision.models import ZOO
+from cifar_halves import BATCH, LAST, NETS, WIDTH, Images, Net, accuracy, features, halves, load_data, pretrained
+from memfit.activations.plan import Taps
+from memfit.vision.filter_scan import filter_scan
 
 RESULTS = Path(__file__).parent / "results" / "gradient_filter_finetune.json"
-LAST = torch.channels_last
 PATCHES = (0, 2, 4, 7)  # 0: exact
 METHODS: dict[str, memfit.GradientFilter | None] = {
     "exact": None,
@@ -60,113 +61,7 @@ SPLITS = ("classes", "images")
 RATES = {"classes": (0.03, 0.1, 0.3), "images": (0.003, 0.01, 0.03)}
 SEEDS = (0, 1, 2)
 GRID_SEED = 100
-WIDTH, PRETRAINED_AT, SIZE, BATCH = 0.5, (80, 160), 224, 32
-EPOCHS, PRETRAINING, IMAGES = 6, 8, 3000  # images to fine-tune on
-MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
-
-
-class Net(NamedTuple):
-    """A net of the zoo, and the names of what holds its last four convolutions, and of its head."""
-
-    name: str
-    last: tuple[str, ...]
-    head: str
-
-    def build(self, classes: int, width: float) -> nn.Module:
-        return ZOO[self.name].build(classes, width=width)
-
-    def split(self, model: Any) -> tuple[nn.Module, nn.Module]:
-        if self.name == "resnet18":
-            stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
-            frozen = nn.Sequential(stem, model.layer1, model.layer2, model.layer3)
-            return frozen, nn.Sequential(model.layer4, model.avgpool, nn.Flatten(), model.fc)
-        first = next(i for i, _ in enumerate(model.features) if f"features.{i}" == self.last[0])
-        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return model.features[:first], nn.Sequential(model.features[first:], pool, model.classifier)
-
-
-NETS = {
-    "resnet18": Net("resnet18", ("layer4",), "fc"),
-    "mobilenet_v2": Net("mobilenet_v2", ("features.17", "features.18"), "classifier.1"),
-}
-
-
-class Images(NamedTuple):
-    x: Tensor
-    y: Tensor
-
-    def of(self, classes: Sequence[int]) -> Images:
-        kept = torch.isin(self.y, torch.tensor(classes))
-        return Images(self.x[kept], torch.searchsorted(torch.tensor(sorted(classes)), self.y[kept]))
-
-
-def load_data(path: Path) -> tuple[Images, Images]:
-    with np.load(path) as arrays:
-        return tuple(  # type: ignore[return-value]
-            Images(torch.from_numpy(arrays[f"x_{part}"]), torch.from_numpy(arrays[f"y_{part}"]).long())
-            for part in ("train", "test")
-        )
-
-
-def prepare(x: Tensor, size: int) -> Tensor:
-    """(B, 32, 32, 3) bytes to (B, 3, size, size)."""
-    x = (x.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return F.interpolate(x, (size, size), mode="bilinear").contiguous(memory_format=LAST)
-
-
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, size: int | None) -> float:
-    model.eval()
-    with torch.no_grad():
-        right = sum(
-            int((model(a if size is None else prepare(a, size)).argmax(1) == b).sum())
-            for a, b in zip(x.split(64), y.split(64), strict=True)
-        )
-    return right / len(y)
-
-
-def pretrained(net: Net, split: str, train: Images, test: Images, work: Path) -> tuple[nn.Module, float]:
-    """The net, trained from scratch on the first half; kept in the work folder."""
-    path, told = (work / f"{net.name}-{split}{suffix}" for suffix in (".safetensors", ".json"))
-    torch.manual_seed(0)
-    model = net.build(int(train.y.max()) + 1, WIDTH).to(memory_format=LAST)
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model, json.loads(told.read_text())["accuracy"]
-    steps_per_epoch = len(train.y) // BATCH
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=PRETRAINING * steps_per_epoch)
-    for epoch in range(PRETRAINING):
-        size = PRETRAINED_AT[epoch >= PRETRAINING * 3 // 4]
-        model.train()
-        for picked in torch.randperm(len(train.y))[: steps_per_epoch * BATCH].split(BATCH):
-            images = prepare(train.x[picked], size)
-            flipped = torch.rand(len(picked)) < 0.5
-            images[flipped] = images[flipped].flip(3)
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), train.y[picked]).backward()
-            optimizer.step()
-            scheduler.step()
-        print(f"{net.name}, {split}: epoch {epoch + 1} of pretraining at {size}", flush=True)
-    right = accuracy(model, test.x, test.y, PRETRAINED_AT[1])
-    work.mkdir(parents=True, exist_ok=True)
-    save_file({name: each.contiguous() for name, each in model.state_dict().items()}, path)
-    told.write_text(json.dumps({"accuracy": right}))
-    return model, right
-
-
-def features(frozen: nn.Module, x: Tensor) -> Tensor:
-    """What the frozen part gives, computed once: it has no dropout and its batch norms stand still."""
-    frozen.eval()
-    with torch.no_grad():
-        return torch.cat([frozen(prepare(part, SIZE)) for part in x.split(64)]).contiguous(memory_format=LAST)
-
-
-def halves(split: str, images: Images, is_test: bool) -> tuple[Images, Images]:
-    """To pretrain on, and to fine-tune on; of the images, both are tested on all."""
-    if split == "classes":
-        return images.of(range(5)), images.of(range(5, 10))
-    half = len(images.y) // 2
-    return (images, images) if is_test else (Images(*(e[:half] for e in images)), Images(*(e[half:] for e in images)))
+EPOCHS, IMAGES = 6, 3000  # images to fine-tune on
 
 
 def tune(
@@ -200,6 +95,39 @@ def tune(
             if not math.isfinite(loss.item()):
                 return 0.0
     return accuracy(tail, test.x, test.y, None)
+
+
+def measure_gradients(net: Net, data: Path, work: Path) -> dict[str, Any]:
+    """Cosines of each of the last convolutions' filtered gradients to the exact ones, after an epoch of fine-tuning."""
+    train, test = load_data(data)
+    (first, second), (first_test, _) = halves("classes", train, False), halves("classes", test, True)
+    model, _ = pretrained(net, "classes", first, first_test, work)
+    frozen, tail = net.split(model.eval())
+    some = Images(features(frozen, second.x[:IMAGES]), second.y[:IMAGES])
+    torch.manual_seed(0)
+    cast("Any", tail[-1] if net.name == "resnet18" else tail[-1][-1]).reset_parameters()  # other classes
+    optimizer = torch.optim.SGD(tail.parameters(), lr=0.03, momentum=0.9)
+    for picked in torch.randperm(IMAGES).split(BATCH):
+        optimizer.zero_grad()
+        F.cross_entropy(tail(some.x[picked].contiguous(memory_format=LAST)), some.y[picked]).backward()
+        nn.utils.clip_grad_norm_(tail.parameters(), 2.0)
+        optimizer.step()
+    batch = (some.x[:BATCH].contiguous(memory_format=LAST), some.y[:BATCH])
+    report: dict[str, Any] = {}
+    for taps in get_args(Taps):
+        scan = filter_scan(tail, batch, lambda m, b: F.cross_entropy(m(b[0]), b[1]), PATCHES[1:], rounds=1, taps=taps)
+        report[taps] = {
+            layer.name: {
+                str(each.patch): {
+                    "weight": each.weight and each.weight.cosine,
+                    "input": each.input and each.input.cosine,
+                }
+                for each in layer.filtered
+            }
+            for layer in scan.layers
+        }
+        print(net.name, taps, json.dumps(report[taps]), flush=True)
+    return report
 
 
 def measure_accuracy(
@@ -397,7 +325,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="cifar10-subset.npz")
     parser.add_argument("--work", type=Path, help="folder for the pretrained nets")
     parser.add_argument("--nets", nargs="*", default=list(NETS))
-    parser.add_argument("--only", nargs="*", default=["steps", "memory", "accuracy"])
+    parser.add_argument("--only", nargs="*", default=["steps", "memory", "gradients", "accuracy"])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="whose accuracy")
     parser.add_argument("--split", nargs="*", default=list(SPLITS), choices=SPLITS)
     parser.add_argument("--rounds", type=int, default=7)
@@ -422,6 +350,8 @@ def main() -> None:
             row["steps"] = measure_steps(net, options.rounds, options.batch)
         if "memory" in options.only:
             row["memory"] = measure_memory(net, options.batch)
+        if "gradients" in options.only:
+            row["gradients"] = measure_gradients(net, options.data, options.work)
         if "accuracy" in options.only:
             for split in options.split:
                 found = row.setdefault("accuracy", {}).setdefault(split, {})

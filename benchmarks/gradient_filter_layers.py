@@ -1,7 +1,7 @@
 """How much faster is a filtered backward than the exact one, layer by layer?
 
 Every distinct convolution of ResNet-18 and of MobileNetV2 at 224 x 224, and six more, each by itself: PyTorch's own
-backward, memfit's with patches of 2, 4 and 7 (as it is, with the C++ operator, and with the taps of kernels apart), and
+backward, memfit's with patches of 2, 4 and 7 (as it is, with the C++ operator, and with kernels as planes), and
 the authors' public operator where its file is given, in turn in one process, a few calls at a time, each with the
 channels first and with the channels last. Medians; of each, the better layout counts.
 
@@ -49,7 +49,7 @@ BLOCK = 3
 OURS: dict[str, Callable[[int], memfit.GradientFilter]] = {
     "memfit": memfit.GradientFilter,
     "native": lambda patch: memfit.GradientFilter(patch, native=True),
-    "apart": lambda patch: memfit.GradientFilter(patch, taps="apart"),
+    "planar": lambda patch: memfit.GradientFilter(patch, taps="planar"),
 }
 METHODS = (*OURS, "peer")
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
@@ -141,7 +141,7 @@ def variant(module: nn.Module, x: Tensor, g: Tensor) -> Variant:
         technique: memfit.GradientFilter = module.technique  # type: ignore[assignment]
         patch, windows = (technique.patch, technique.patch), module._windows()
         sizes = ((x.shape[2], x.shape[3]), (y.shape[2], y.shape[3]))
-        cuts = plan(*sizes, windows, patch, technique.taps == "apart").inputs
+        cuts = plan(*sizes, windows, patch, technique.taps).inputs
         pooled = x.detach()
         by = operator(FILTERED).pool if technique.native else None
         extra = lambda: pool(pooled, cuts) if by is None else by(pooled, *cuts)  # noqa: E731

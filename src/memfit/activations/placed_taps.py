@@ -17,11 +17,12 @@ with zeros, the weight's is that of a small convolution of X.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from memfit.activations.patches import spread
 from memfit.activations.tap_reads import Axis, gathering, shares, spreading
 
 Axes = tuple[Axis, Axis]
@@ -42,13 +43,20 @@ def weight_gradient(means: Tensor, pooled: Tensor, weight: Tensor, axes: Axes, g
         Shaped as ``weight``.
     """
     rows, columns = axes
+    if _is_for_torch(axes, weight, groups):
+        x = spread(pooled, (rows.cut_of_input, columns.cut_of_input), channels_last=True)
+        return _nearest(_by_torch(means, x, weight, axes, groups, (False, True, False))[1], axes)
     of_rows, of_columns = shares(rows), shares(columns)
     if of_rows is not None and of_columns is not None:
         return _of_convolution(means, pooled, weight, (of_rows, of_columns), groups)
-    (outputs, inputs), batch, channels = weight.shape[:2], len(pooled), pooled.shape[1]
-    x = pooled.permute(0, 2, 3, 1).reshape(batch * rows.of_input * columns.of_input, channels)
+    outputs, inputs = weight.shape[:2]
+    # The maps of fewer channels are gathered, for each function over the kernel.
+    if means.shape[1] <= pooled.shape[1]:
+        pairs = ((g, _rows(pooled)) for g in _gather(means, axes, to_input=True))
+    else:
+        pairs = ((_rows(means), x) for x in _gather(pooled, axes, to_input=False))
     products = []
-    for g in _gather(means, axes):
+    for g, x in pairs:
         if groups == 1:
             products.append(g.t() @ x)
         elif outputs == groups and inputs == 1:
@@ -73,15 +81,19 @@ def input_gradient(means: Tensor, weight: Tensor, axes: Axes, groups: int) -> Te
     Returns:
         (B, C_in, H, W), the channels last in memory.
     """
+    if _is_for_torch(axes, weight, groups):
+        like = means.new_empty(1).expand(len(means), weight.shape[1] * groups, axes[0].size, axes[1].size)
+        return _by_torch(means, like, _nearest(weight, axes), axes, groups, (True, False, False))[0]
     rows, columns = (axis._replace(width=1) for axis in axes)
     (outputs, inputs), batch, height, width = weight.shape[:2], len(means), rows.of_output, columns.of_output
     kernel = weight.permute(0, 2, 3, 1).reshape(outputs, -1, inputs)
     if not (rows.is_whole and columns.is_whole):
         kernel = _functions(axes, means) @ kernel  # c, the outputs' functions x channels
-    g = means.permute(0, 2, 3, 1).reshape(batch * height * width, outputs)
+    g = _rows(means)
     counts = _columns_of_rows(axes)
-    wide = []
-    for count, part in zip(counts, kernel.split(counts, 1), strict=True):
+    # Patches of rows and their functions; pixels of columns and channels.
+    of_rows = means.new_empty(batch, height, len(counts), columns.size * inputs * groups)
+    for number, (count, part) in enumerate(zip(counts, kernel.split(counts, 1), strict=True)):
         if groups == 1:
             terms = g @ part.flatten(1)
         elif outputs == groups and inputs == 1:
@@ -90,10 +102,36 @@ def input_gradient(means: Tensor, weight: Tensor, axes: Axes, groups: int) -> Te
             of_groups = (g.unflatten(1, (groups, -1)), part.unflatten(0, (groups, -1)))
             terms = torch.einsum("mgo,gofi->mfgi", *of_groups)
         terms = terms.reshape(batch, height, width * count, inputs * groups)
-        wide.append(_times(spreading(columns, range(count), means), terms).flatten(2))
-    of_rows = torch.stack(wide, 2).flatten(1, 2)  # patches of rows and their functions; pixels of columns and channels
-    dx = _times(spreading(rows, range(len(counts)), means), of_rows)
+        of_rows[:, :, number] = _times(spreading(columns, range(count), means), terms).flatten(2)
+    dx = _times(spreading(rows, range(len(counts)), means), of_rows.flatten(1, 2))
     return dx.view(batch, rows.size, columns.size, inputs * groups).permute(0, 3, 1, 2)
+
+
+def _is_for_torch(axes: Axes, weight: Tensor, groups: int) -> bool:
+    """Whether torch's own backward, of maps constant on patches, is quicker: it is where no channels are summed."""
+    return groups == len(weight) and weight.shape[1] == 1 and all(axis.is_torchs for axis in axes)
+
+
+def _by_torch(
+    means: Tensor, x: Tensor, weight: Tensor, axes: Axes, groups: int, wanted: tuple[bool, bool, bool]
+) -> list[Tensor]:
+    """The convolution's own gradients, of an output's gradient that is constant on patches."""
+    rows, columns = axes
+    g = spread(means, (rows.cut_of_output, columns.cut_of_output), channels_last=True)
+    strides, paddings, dilations = zip(*(axis.window[1:4] for axis in axes), strict=True)
+    found: list[Tensor] = torch.ops.aten.convolution_backward.default(
+        g, x, weight, None, strides, paddings, dilations, False, (0, 0), groups, wanted
+    )
+    return found
+
+
+def _nearest(weight: Tensor, axes: Axes) -> Tensor:
+    """The kernel that is nearest among those of the basis."""
+    if all(axis.is_whole for axis in axes):
+        return weight
+    functions = _functions(axes, weight)
+    nearest = (weight.flatten(2) @ (functions.t() @ functions)).view(weight.shape)
+    return torch.empty_like(weight).copy_(nearest)  # torch looks at the layout
 
 
 def _columns_of_rows(axes: Axes) -> list[int]:
@@ -111,18 +149,27 @@ def _functions(axes: Axes, like: Tensor) -> Tensor:
     return torch.tensor(of, dtype=like.dtype, device=like.device)
 
 
-def _gather(means: Tensor, axes: Axes) -> Iterator[Tensor]:
-    """The sum over q of T_m G for each function over the kernel, (B R R', C_out)."""
+def _gather(maps: Tensor, axes: Axes, to_input: bool) -> Iterator[Tensor]:
+    """For each function over the kernel T_m G, or the transposed T_m with X, (B R R', C_out) or (B Q Q', C_in)."""
+
+    def table(axis: Axis, functions: Sequence[int]) -> Tensor:
+        return gathering(axis, functions, maps) if to_input else spreading(axis, functions, maps).t()
+
     rows, columns = axes
-    g = means.permute(0, 2, 3, 1)
-    batch, height, _, channels = g.shape
+    high, wide = (axis.of_input if to_input else axis.of_output for axis in axes)
+    maps = maps.permute(0, 2, 3, 1)
+    batch, height, _, channels = maps.shape
     functions = len(columns.basis)
-    across = _times(gathering(columns, range(functions), means), g)
-    across = across.view(batch, height, columns.of_input, functions, channels)
+    across = _times(table(columns, range(functions)), maps).view(batch, height, wide, functions, channels)
     for number, count in enumerate(_columns_of_rows(axes)):
-        part = across[:, :, :, :count].reshape(batch, height, columns.of_input * count * channels)
-        both = _times(gathering(rows, (number,), means), part)
-        yield from both.view(batch * rows.of_input * columns.of_input, count, channels).unbind(1)
+        part = across[:, :, :, :count].reshape(batch, height, wide * count * channels)
+        yield from _times(table(rows, (number,)), part).view(batch * high * wide, count, channels).unbind(1)
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """(B, C, Q, R) as (B Q R, C), of any B."""
+    batch, channels, height, width = maps.shape
+    return maps.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
 
 
 def _times(table: Tensor, x: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memfit.activations.patches import Cut
+
 _DENSE = 4096  # numbers of a table up to which a product with all of them is quicker than one with those not zero
 
 
@@ -59,6 +61,23 @@ class Axis(NamedTuple):
     def of_output(self) -> int:
         """Patches of the output."""
         return -(-self.outputs // self.patch)
+
+    @property
+    def cut_of_input(self) -> Cut:
+        """The input, cut into patches."""
+        return Cut(self.size, self.width, self.of_input)
+
+    @property
+    def cut_of_output(self) -> Cut:
+        """The output, cut into patches."""
+        return Cut(self.outputs, self.patch, self.of_output)
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether torch's operator pads this axis itself, alike on both sides, and reads all of its pixels."""
+        kernel, stride, padding, dilation, mode = self.window
+        outputs = (self.size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        return mode == "zeros" and outputs == self.outputs and (kernel > 1 or padding > 0 or stride == 1)
 
     @property
     def is_whole(self) -> bool:
