@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memfit
 from memfit import ConversionError, GradientFilter, LowRankGradient
+from memfit.activations.tap_reads import Axis, Window, gathering
 
 Case = tuple[nn.Conv2d, Tensor, Tensor]
 
@@ -461,10 +462,11 @@ def test_maps_may_change_their_size_from_call_to_call() -> None:
             torch.testing.assert_close(value, expected[name])
 
 
-@pytest.mark.parametrize("size", [8, 9])
-def test_an_empty_batch_passes_with_taps_apart(size: int) -> None:
+@pytest.mark.parametrize("taps", ["planar", "apart"])
+@pytest.mark.parametrize("size", [8, 9, 112])
+def test_an_empty_batch_passes_with_taps_where_they_lie(size: int, taps: Any) -> None:
     found = gradients(
-        filtered(nn.Conv2d(4, 6, 3, padding=1), 2, "apart"),
+        filtered(nn.Conv2d(4, 6, 3, padding=1), 2, taps),
         torch.empty(0, 4, size, size),
         torch.empty(0, 6, size, size),
     )
@@ -472,14 +474,49 @@ def test_an_empty_batch_passes_with_taps_apart(size: int) -> None:
     assert found["x"].shape == (0, 4, size, size)
 
 
-@pytest.mark.parametrize("length", [400, 401])
-def test_taps_apart_of_a_long_map_are_exact_too(length: int) -> None:
-    layer = nn.Conv1d(2, 3, 3, padding=1).double()
-    coarse = [torch.randn(2, channels, -(-length // 2), dtype=torch.float64) for channels in (2, 3)]
-    x, g = (each.repeat_interleave(2, 2)[:, :, :length].contiguous() for each in coarse)
-    found, exact = gradients(filtered(layer, 2, "apart"), x, g), gradients(layer, x, g)
-    for name in ("x", "weight"):
-        torch.testing.assert_close(found[name], exact[name])
+@pytest.mark.parametrize("taps", ["planar", "apart"])
+@pytest.mark.parametrize("size", [(1, 400), (1, 401), (112, 9)])
+def test_taps_of_long_maps_read_where_they_lie_too(size: tuple[int, int], taps: Any) -> None:
+    """Of maps that are constant on patches already."""
+    padding = (min(1, size[0] // 2), 1)
+    layer = nn.Conv2d(2, 3, (1 + 2 * padding[0], 3), padding=padding).double()
+    maps = [torch.randn(2, channels, -(-size[0] // 2), -(-size[1] // 2), dtype=torch.float64) for channels in (2, 3)]
+    x, g = (each.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, : size[0], : size[1]] for each in maps)
+    near = copy.deepcopy(layer)
+    axes = (taps == "planar" and padding[0] > 0, taps == "planar")
+    with torch.no_grad():
+        near.weight.copy_(nearest_plane(layer.weight, axes))
+    found, exact = gradients(filtered(layer, 2, taps), x.contiguous(), g.contiguous()), gradients(near, x, g)
+    torch.testing.assert_close(found["x"], exact["x"])
+    torch.testing.assert_close(found["weight"], nearest_plane(exact["weight"], axes))
+
+
+@pytest.mark.parametrize("taps", list(REFERENCES))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_half_precision_have_gradients_of_it(taps: Any, dtype: torch.dtype) -> None:
+    """Large patches, of which a table of taps in half precision would lose count."""
+    torch.manual_seed(0)
+    layer = nn.Conv1d(4, 6, 5, padding=2).to(dtype)
+    x, g = torch.randn(2, 4, 2048).to(dtype), torch.randn(2, 6, 2048).to(dtype) / 64
+    found = gradients(filtered(layer, 512, taps), x, g)
+    exact = gradients(filtered(layer.double(), 512, taps), x.double(), g.double())
+    for name, value in found.items():
+        assert value.dtype == dtype
+        assert float((value.double() - exact[name]).norm() / exact[name].norm()) < 0.02
+
+
+def test_tables_of_taps_have_the_same_bits_each_time() -> None:
+    axis = Axis(16000, 16000, 400, 400, Window(3, 1, 1, 1), is_planar=True)
+    found = [gathering(axis, range(2), torch.zeros(1)) for _ in range(4)]
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_an_exact_image_does_not_overflow_half_precision_on_the_way() -> None:
+    layer = nn.Conv2d(1, 1, 1, bias=False).to(torch.float16)
+    x = torch.full((4, 1, 2, 2), 2.0**-8, dtype=torch.float16)
+    g = torch.full((4, 1, 2, 2), 2.0**14 * 1.5, dtype=torch.float16)
+    model = memfit.convert_(copy.deepcopy(layer), GradientFilter(2, exact_every=4), where="")
+    torch.testing.assert_close(gradients(model, x, g)["weight"], gradients(layer, x, g)["weight"])
 
 
 def test_an_empty_batch_passes() -> None:
@@ -664,7 +701,7 @@ def test_conv1d_has_exact_images_too() -> None:
         torch.testing.assert_close(gradients(model, x, g)[name], gradients(layer, x, g)[name])
 
 
-def test_taps_are_summed_or_apart() -> None:
+def test_taps_are_one_of_three_words() -> None:
     with pytest.raises(ConversionError, match="taps='near' is not possible"):
         GradientFilter(2, taps="near")  # type: ignore[arg-type]
 

@@ -84,7 +84,14 @@ def step(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "taps"),
-    [("stem", "summed"), ("narrow", "summed"), ("around", "summed"), ("plain", "summed"), ("plain", "apart")],
+    [
+        ("stem", "summed"),
+        ("narrow", "summed"),
+        ("around", "summed"),
+        ("plain", "summed"),
+        ("plain", "planar"),
+        ("plain", "apart"),
+    ],
 )
 def test_a_layers_gradients_are_those_of_the_model_with_that_layer_filtered(name: str, taps: Any) -> None:
     net, batch = task()

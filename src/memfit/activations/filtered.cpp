@@ -68,6 +68,7 @@ inline void add_up(
     const T* __restrict__ map, int64_t line, int64_t pixel, int64_t top, int64_t bottom, int64_t left, int64_t right,
     Count count, T* __restrict__ sums) {
   for (int64_t k = 0; k < count; ++k) sums[k] = 0;
+  if (left >= right) return;
   for (int64_t i = top; i < bottom; ++i) {
     const T* __restrict__ from = map + i * line + left * pixel;
     for (int64_t j = left; j < right; ++j, from += pixel) {

@@ -63,10 +63,8 @@ class ExactImages(NamedTuple):
 
     def add(self, filtered: Tensor | None, x: Tensor, g: Tensor, kernel: Tensor) -> Tensor:
         """The gradient of all images, from the filtered one."""
-        if filtered is None:
-            return self.gradient(x, g, kernel).to(kernel.dtype)
-        exact = self.gradient(x, g * self.every, kernel).to(kernel.dtype)  # of the two, g is the small one
-        return exact.add_(filtered)
+        exact = self.gradient(x, g, kernel).to(kernel.dtype)
+        return exact if filtered is None else torch.add(filtered, exact, alpha=self.every, out=exact)
 
 
 def filtered_convolution(
@@ -176,19 +174,22 @@ def _gradients(
     # Maps of patches are small: they are summed in the weight's precision.
     means = _as(weight.dtype, pool(g, cut.outputs))
     pixels = cut.pixels or counts(cut.outputs, means)
+    full = torch.promote_types(weight.dtype, torch.float32)  # in which tables of taps are exact
     if wanted[0]:
         if cut.reads is None:
             coarse = input_gradient(means, weight, cut.shifts, ctx.groups, 1 / cut.spread_over)
             dx = spread(_as(ctx.x_dtype, coarse), cut.inputs, ctx.channels_last)
         else:
-            dx = _as(ctx.x_dtype, placed_taps.input_gradient(means, weight, cut.reads, ctx.groups))
-            dx = dx if ctx.channels_last else dx.contiguous()
+            dx = placed_taps.input_gradient(_as(full, means), _as(full, weight), cut.reads, ctx.groups)
+            dx = _as(ctx.x_dtype, dx if ctx.channels_last else dx.contiguous())
     if wanted[1] and pooled is not None:
         pooled, cut = _as(weight.dtype, pooled), ctx.plan_of_weight
         if cut.reads is None:
             dweight = weight_gradient(means, pooled, weight, cut.shifts, ctx.groups, pixels)
         else:
-            dweight = placed_taps.weight_gradient(means, pooled, weight, cut.reads, ctx.groups)
+            maps = (_as(full, means), _as(full, pooled))
+            dweight = placed_taps.weight_gradient(*maps, _as(full, weight), cut.reads, ctx.groups)
+            dweight = _as(weight.dtype, dweight)
     if wanted[2]:
         dbias = (means * pixels).sum((0, 2, 3))
     return dx, dweight, dbias

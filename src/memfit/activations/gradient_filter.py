@@ -132,10 +132,10 @@ class GradientFilter(Technique):
     mean, so that it needs of the input only means over patches, which is all that is kept: 1 / (patch x stride)^2 of
     the input. The weights stay plain parameters and train densely; the gradient of the bias is exact.
 
-    The gradients are approximations, and the weight's is the same at every tap of the kernel, unless the taps are kept
-    apart or some images are exact. So use it to fine-tune the last layers of a pretrained net, whose gradient maps are
-    smooth, and not to train one from scratch. ``memfit filter-scan`` measures the error layer by layer. Batch norms and
-    activation functions around the convolution keep what they keep.
+    The gradients are approximations, and the weight's is the same at every tap of the kernel, unless ``taps`` says
+    otherwise or some images are exact. So use it to fine-tune the last layers of a pretrained net, whose gradient maps
+    are smooth, and not to train one from scratch. ``memfit filter-scan`` measures the error layer by layer. Batch norms
+    and activation functions around the convolution keep what they keep.
 
     Args:
         patch: width and height of a patch in pixels of the layer's output; on smaller maps it is the whole map. Along
@@ -143,8 +143,8 @@ class GradientFilter(Technique):
         taps: ``"summed"`` is the paper's: one number of x and of the gradient for all taps of a kernel. Otherwise each
             tap reads what is where it lies: as little is kept, and the gradients are nearer to the exact ones. With
             ``"apart"`` they are those of the convolution of maps that are constant on patches, and take k times k the
-            products for a k x k kernel. With ``"planar"`` the kernel counts as the plane over its taps that is nearest
-            to it, its mean and two slopes: three products.
+            products for a k x k kernel. With ``"planar"`` a kernel of three taps or more along an axis counts as the
+            plane over them that is nearest to it, its mean and its slopes: three products for k x k.
         exact_every: compute the weight's gradient exactly for every so many of the images of a batch, from a random one
             on, which are then kept whole, and weight it so that the weight's gradient is right on the mean, whatever
             the patch. ``taps`` is then of the input's gradient. 1: of all images; the filter is then for the gradient

@@ -65,7 +65,7 @@ def weight_gradient(means: Tensor, pooled: Tensor, weight: Tensor, axes: Axes, g
             of_groups = (each.unflatten(1, (groups, -1)) for each in (g, x))
             products.append(torch.einsum("mgo,mgi->goi", *of_groups).flatten(0, 1))
     found = torch.stack(products, 1)  # the outputs' functions x channels
-    taps = found if rows.is_whole and columns.is_whole else _functions(axes, means).t() @ found
+    taps = found if rows.keeps_taps and columns.keeps_taps else _functions(axes, means).t() @ found
     return taps.view(outputs, *weight.shape[2:], inputs).permute(0, 3, 1, 2)
 
 
@@ -87,7 +87,7 @@ def input_gradient(means: Tensor, weight: Tensor, axes: Axes, groups: int) -> Te
     rows, columns = (axis._replace(width=1) for axis in axes)
     (outputs, inputs), batch, height, width = weight.shape[:2], len(means), rows.of_output, columns.of_output
     kernel = weight.permute(0, 2, 3, 1).reshape(outputs, -1, inputs)
-    if not (rows.is_whole and columns.is_whole):
+    if not (rows.keeps_taps and columns.keeps_taps):
         kernel = _functions(axes, means) @ kernel  # c, the outputs' functions x channels
     g = _rows(means)
     counts = _columns_of_rows(axes)
@@ -109,7 +109,7 @@ def input_gradient(means: Tensor, weight: Tensor, axes: Axes, groups: int) -> Te
 
 def _is_for_torch(axes: Axes, weight: Tensor, groups: int) -> bool:
     """Whether torch's own backward, of maps constant on patches, is quicker: it is where no channels are summed."""
-    return groups == len(weight) and weight.shape[1] == 1 and all(axis.is_torchs for axis in axes)
+    return groups == len(weight) and weight.shape[1] == 1 and all(axis.suits_torch for axis in axes)
 
 
 def _by_torch(
@@ -127,7 +127,7 @@ def _by_torch(
 
 def _nearest(weight: Tensor, axes: Axes) -> Tensor:
     """The kernel that is nearest among those of the basis."""
-    if all(axis.is_whole for axis in axes):
+    if all(axis.keeps_taps for axis in axes):
         return weight
     functions = _functions(axes, weight)
     nearest = (weight.flatten(2) @ (functions.t() @ functions)).view(weight.shape)
@@ -173,12 +173,15 @@ def _rows(maps: Tensor) -> Tensor:
 
 
 def _times(table: Tensor, x: Tensor) -> Tensor:
-    """Product of a matrix (n, m) with each of x (..., m, c)."""
+    """Product of a matrix (n, m) with each of x (B, ..., m, c)."""
     if not table.is_sparse:
         return table @ x
-    rows = x.movedim(-2, 0)
-    product = torch.sparse.mm(table, rows.reshape(len(rows), -1))
-    return product.view(-1, *rows.shape[1:]).movedim(0, -2).contiguous()
+    out = x.new_empty(*x.shape[:-2], len(table), x.shape[-1])
+    for image, into in zip(x, out, strict=True):  # less is laid out in another order at once
+        rows = image.movedim(-2, 0)
+        product = torch.sparse.mm(table, rows.reshape(len(rows), -1))
+        into.copy_(product.view(len(table), *rows.shape[1:]).movedim(0, -2))
+    return out
 
 
 def _of_convolution(g: Tensor, x: Tensor, weight: Tensor, by: tuple[Rows, Rows], groups: int) -> Tensor:

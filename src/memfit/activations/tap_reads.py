@@ -20,6 +20,7 @@ from torch import Tensor
 
 from memfit.activations.patches import Cut
 
+_ENTRIES = 1 << 16  # of a table that are laid out at once
 _DENSE = 4096  # numbers of a table up to which a product with all of them is quicker than one with those not zero
 
 
@@ -73,14 +74,14 @@ class Axis(NamedTuple):
         return Cut(self.outputs, self.patch, self.of_output)
 
     @property
-    def is_torchs(self) -> bool:
+    def suits_torch(self) -> bool:
         """Whether torch's operator pads this axis itself, alike on both sides, and reads all of its pixels."""
         kernel, stride, padding, dilation, mode = self.window
         outputs = (self.size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         return mode == "zeros" and outputs == self.outputs and (kernel > 1 or padding > 0 or stride == 1)
 
     @property
-    def is_whole(self) -> bool:
+    def keeps_taps(self) -> bool:
         """Whether there is a function for each tap."""
         return not self.is_planar or self.window.kernel <= 2
 
@@ -88,7 +89,7 @@ class Axis(NamedTuple):
     def basis(self) -> list[list[float]]:
         """Functions x taps; of lower degree first."""
         taps = range(self.window.kernel)
-        if self.is_whole:
+        if self.keeps_taps:
             return [[float(tap == place) for tap in taps] for place in taps]
         middle = (len(taps) - 1) / 2
         length = sum((tap - middle) ** 2 for tap in taps) ** 0.5
@@ -97,7 +98,7 @@ class Axis(NamedTuple):
     @property
     def degrees(self) -> list[int]:
         """Of each function: 1 for a slope, 0 for others."""
-        return [0] * self.window.kernel if self.is_whole else [0, 1]
+        return [0] * self.window.kernel if self.keeps_taps else [0, 1]
 
 
 def gathering(axis: Axis, functions: Sequence[int], like: Tensor) -> Tensor:
@@ -129,22 +130,30 @@ def _table(
     """T, in which patches are ``steps`` rows and columns apart, and a patch's functions ``places``."""
     basis = axis.basis
     of = [(n, tap, basis[f][tap]) for n, f in enumerate(functions) for tap in range(len(basis[f])) if basis[f][tap]]
-    number, tap = torch.tensor([each[:2] for each in of], device=like.device).unsqueeze(2).unbind(1)
-    read = _pixels_read(axis, tap)
-    patch = torch.arange(axis.outputs, device=like.device) // axis.patch
-    rows = read.clamp(min=0) // axis.width * steps[0] + number * places[0]
-    columns = (patch * steps[1] + number * places[1]).expand_as(rows)
-    values = torch.tensor([[each[2]] for each in of], dtype=like.dtype, device=like.device) * (read >= 0)
-    at = torch.stack([rows.flatten(), columns.flatten()])
-    if shape[0] * shape[1] > _DENSE and like.dtype in (torch.float32, torch.float64):
-        return torch.sparse_coo_tensor(at, values.flatten(), shape, check_invariants=False)
-    return like.new_zeros(shape).index_put_((at[0], at[1]), values.flatten(), accumulate=True)
+    is_sparse = shape[0] * shape[1] > _DENSE and not torch.compiler.is_compiling()
+    # In double precision torch adds in the same order each time; on the CPU, as not all devices have it.
+    table = torch.zeros(shape, dtype=torch.float64)
+    table = table.to_sparse() if is_sparse else table
+    count = max(1, _ENTRIES // axis.outputs)
+    for start in range(0, len(of), count):
+        part = of[start : start + count]
+        number, tap = torch.tensor([each[:2] for each in part]).unsqueeze(2).unbind(1)
+        read = _pixels_read(axis, tap)
+        rows = read.clamp(min=0) // axis.width * steps[0] + number * places[0]
+        columns = (torch.arange(axis.outputs) // axis.patch * steps[1] + number * places[1]).expand_as(rows)
+        at = torch.stack([rows.flatten(), columns.flatten()])
+        values = (torch.tensor([[each[2]] for each in part], dtype=torch.float64) * (read >= 0)).flatten()
+        if is_sparse:
+            table = (table + torch.sparse_coo_tensor(at, values, shape, check_invariants=False)).coalesce()
+        else:
+            table.index_put_((at[0], at[1]), values, accumulate=True)
+    return table.to(like.dtype).to(like.device)
 
 
 def _pixels_read(axis: Axis, taps: Tensor) -> Tensor:
     """The pixel of the input that each tap (n, 1) reads for each pixel of the output, (n, outputs); -1 for a zero."""
     size, (_, stride, padding, dilation, mode) = axis.size, axis.window
-    read = torch.arange(axis.outputs, device=taps.device) * stride + (taps * dilation - padding)
+    read = torch.arange(axis.outputs) * stride + (taps * dilation - padding)
     if mode == "circular":
         return read % size
     if mode == "replicate":
@@ -165,7 +174,7 @@ def shares(axis: Axis) -> tuple[tuple[float, ...], ...] | None:
     """
     kernel, stride, padding, dilation, mode = axis.window
     is_even = axis.outputs % axis.patch == 0 and axis.width == axis.patch * stride
-    if not (axis.is_whole and is_even and axis.size == axis.outputs * stride and mode == "zeros"):
+    if not (axis.keeps_taps and is_even and axis.size == axis.outputs * stride and mode == "zeros"):
         return None
     away = [[(y * stride + tap * dilation - padding) // axis.width for y in range(axis.patch)] for tap in range(kernel)]
     reach = max(abs(each) for row in away for each in row)

@@ -76,7 +76,7 @@ def filter_scan(
     ] = LEAST_COSINE,
     taps: Annotated[
         str,
-        typer.Option(help="What of kernels the scanned filters count, as GradientFilter(taps=).", metavar=_TAPS),
+        typer.Option(help="How the scanned filters take the taps of kernels, as GradientFilter(taps=).", metavar=_TAPS),
     ] = "summed",
     native: Annotated[bool, typer.Option("--native", help="Scan filters with native=True, the C++ operator.")] = False,
     html: Annotated[
